@@ -1,0 +1,229 @@
+/*
+ * composite.c -- ops made of other ops: what has no kernel of its own.
+ *
+ * Two kinds: plain functions of halfmoon.h (to, contiguous, clone, cat, stack, sum_to), recorded through the ops they call, and rows of the
+ * table with family "composite", whose infer function runs other ops and leaves the result in c->out[0].
+ */
+#include <string.h>
+
+#include "op.h"
+
+/* ====== Casts and copies ====== */
+
+static int cast(hm_tensor *t, int dtype, int64_t layout, hm_tensor **out) {
+  return hm_call(HM_OP_CAST, (const hm_arg[]){hm_t(t)}, (const hm_attr[]){{.i = dtype}, {.i = layout}}, out);
+}
+
+/* Moves bytes between devices: t must be contiguous.  Not differentiable by itself. */
+static int move(hm_tensor *t, int device, hm_tensor **out) {
+  *out = NULL;
+  return hm_fail(HM_ERR_DEVICE, "to: cannot move from %s to %s: there is one device here", hm_device_name(hm_tensor_device(t)), hm_device_name(device));
+}
+
+int hm_to(hm_tensor *t, int dtype, int device, bool copy, hm_tensor **out) {
+  const int from = hm_tensor_device(t);
+  *out = NULL;
+  if (hm_tensor_is_dropped(t)) return hm_fail(HM_ERR_STATE, "to: the tensor was released");
+  if (device >= 0 && device != from) return hm_device_backend(device) ? move(t, device, out) : HM_ERR_DEVICE;
+  if (!copy && (dtype == HM_NONE || dtype == t->dtype)) {
+    *out = hm_tensor_retain(t);
+    return HM_OK;
+  }
+  return cast(t, dtype, 0, out);
+}
+
+int hm_contiguous(hm_tensor *t, hm_tensor **out) {
+  if (!hm_is_contiguous(t)) return cast(t, HM_NONE, 1, out);
+  *out = hm_tensor_retain(t);
+  return HM_OK;
+}
+
+int hm_channels_last(hm_tensor *t, hm_tensor **out) {
+  if (!hm_is_channels_last(t)) return cast(t, HM_NONE, 2, out);
+  *out = hm_tensor_retain(t);
+  return HM_OK;
+}
+
+int hm_clone(hm_tensor *t, hm_tensor **out) { return cast(t, HM_NONE, 0, out); }
+
+/* ====== Joining ====== */
+
+/* Shape and dtype of a concatenation; checks every part. */
+static int cat_spec(hm_tensor *const *list, int n, int dim, int *dtype, int64_t *shape) {
+  char a[160], b[160];
+  const hm_tensor *first = list[0];
+  *dtype = first->dtype;
+  memcpy(shape, first->shape, sizeof(int64_t) * (size_t)first->ndim);
+  for (int i = 1; i < n; i++) {
+    bool fit = list[i]->ndim == first->ndim;
+    for (int d = 0; fit && d < first->ndim; d++) fit = d == dim || list[i]->shape[d] == first->shape[d];
+    if (!fit)
+      return hm_fail(HM_ERR_SHAPE, "cat: sizes must agree in every dim but %d: tensor 1 is %s, tensor %d is %s", dim + 1, hm_describe(first, a, sizeof a), i + 1,
+                     hm_describe(list[i], b, sizeof b));
+    if (hm_tensor_device(list[i]) != hm_tensor_device(first))
+      return hm_fail(HM_ERR_DEVICE, "cat: tensors on different devices: tensor 1 is %s, tensor %d is %s", hm_describe(first, a, sizeof a), i + 1,
+                     hm_describe(list[i], b, sizeof b));
+    *dtype = hm_promote(*dtype, list[i]->dtype);
+    shape[dim] += list[i]->shape[dim];
+  }
+  return HM_OK;
+}
+
+static int cat_fill(hm_tensor *const *list, int n, int dim, hm_tensor *out) {
+  int64_t start = 0;
+  for (int i = 0; i < n; i++) {
+    hm_tensor *part, *same;
+    int status = hm_op_narrow(hm_t(out), dim, start, list[i]->shape[dim], &part);
+    if (status) return status;
+    status = hm_op_copy_(hm_t(part), hm_t(list[i]), &same);
+    if (!status) hm_tensor_release(same);
+    hm_tensor_release(part);
+    if (status) return status;
+    start += list[i]->shape[dim];
+  }
+  return HM_OK;
+}
+
+typedef struct cat_parts {
+  int n, dim;
+  int64_t size[];
+} cat_parts;
+
+/* Gradient of cat: the stretch of g that each part filled. */
+static int cat_backward(void *ud, int n_out, hm_tensor *const *grad, int n_in, hm_tensor **grad_in) {
+  const cat_parts *p = ud;
+  int64_t start = 0;
+  (void)n_out;
+  for (int i = 0; i < n_in && grad[0]; i++) {
+    const int status = hm_op_narrow(hm_t(grad[0]), p->dim, start, p->size[i], &grad_in[i]);
+    if (status) return status;
+    start += p->size[i];
+  }
+  return HM_OK;
+}
+
+static int cat_record(hm_tensor *const *list, int n, int dim, hm_tensor *out) {
+  cat_parts *p = hm_alloc(sizeof *p + sizeof(int64_t) * (size_t)n);
+  if (!p) return HM_ERR_MEMORY;
+  p->n = n;
+  p->dim = dim;
+  for (int i = 0; i < n; i++) p->size[i] = list[i]->shape[dim];
+  return hm_record_custom("cat", list, n, &out, 1, cat_backward, p, hm_free);
+}
+
+int hm_cat(hm_tensor *const *list, int n, int dim, hm_tensor **out) {
+  *out = NULL;
+  if (n < 1) return hm_fail(HM_ERR_ARG, "cat: needs at least one tensor");
+  for (int i = 0; i < n; i++)
+    if (hm_tensor_is_dropped(list[i])) return hm_fail(HM_ERR_STATE, "cat: tensor %d was released", i + 1);
+  const int ndim = list[0]->ndim;
+  if (dim < -ndim || dim >= ndim)
+    return hm_fail(HM_ERR_SHAPE, "cat: dim out of range: the tensors have %d dims, valid are 1 to %d, or -%d to -1", ndim, ndim, ndim);
+  if (dim < 0) dim += ndim;
+  int dtype;
+  int64_t shape[HM_MAX_NDIM];
+  int status = cat_spec(list, n, dim, &dtype, shape);
+  hm_tensor *t = NULL;
+  if (!status) status = hm_empty(ndim, shape, dtype, hm_tensor_device(list[0]), &t);
+  if (status) return status;
+  hm_mode *mode = hm_mode_current();
+  const bool grad = mode->grad;
+  mode->grad = false;
+  status = cat_fill(list, n, dim, t);
+  mode->grad = grad;
+  if (!status) status = cat_record(list, n, dim, t);
+  if (status) hm_tensor_release(t);
+  else *out = t;
+  return status;
+}
+
+int hm_stack(hm_tensor *const *list, int n, int dim, hm_tensor **out) {
+  *out = NULL;
+  if (n < 1) return hm_fail(HM_ERR_ARG, "stack: needs at least one tensor");
+  const int ndim = list[0]->ndim + 1;
+  if (dim < -ndim || dim >= ndim)
+    return hm_fail(HM_ERR_SHAPE, "stack: dim out of range: the result has %d dims, valid are 1 to %d, or -%d to -1", ndim, ndim, ndim);
+  if (dim < 0) dim += ndim;
+  hm_tensor **wide = hm_calloc(sizeof *wide * (size_t)n);
+  if (!wide) return HM_ERR_MEMORY;
+  int status = HM_OK;
+  for (int i = 0; i < n && !status; i++) status = hm_op_unsqueeze(hm_t(list[i]), dim, &wide[i]);
+  if (!status) status = hm_cat(wide, n, dim, out);
+  for (int i = 0; i < n; i++) hm_tensor_release(wide[i]);
+  hm_free(wide);
+  return status;
+}
+
+/* ====== Undoing a broadcast ====== */
+
+int hm_sum_to(hm_tensor *t, int ndim, const int64_t *shape, hm_tensor **out) {
+  *out = NULL;
+  const int lead = t->ndim - ndim;
+  hm_attr attr[2] = {{.n = 0}, {.i = true}};
+  int64_t *const dims = attr[0].v;
+  int n = 0;
+  if (lead < 0) return hm_fail(HM_ERR_SHAPE, "sum_to: the shape has more dims than the tensor");
+  for (int d = 0; d < t->ndim; d++) {
+    if (d < lead) dims[n++] = d;
+    else if (shape[d - lead] == 1 && t->shape[d] != 1) dims[n++] = d;
+    else if (shape[d - lead] != t->shape[d]) return hm_fail(HM_ERR_SHAPE, "sum_to: the shape does not broadcast to the tensor's");
+  }
+  hm_tensor *sum;
+  if (n == 0) sum = hm_tensor_retain(t);
+  else {
+    attr[0].n = n;
+    const int status = hm_call_as(HM_OP_SUM, (const hm_arg[]){hm_t(t)}, attr, t->dtype, &sum);
+    if (status) return status;
+  }
+  const int status = hm_op_reshape(hm_t(sum), ndim, shape, out);
+  hm_tensor_release(sum);
+  return status;
+}
+
+/* ====== Rows of the table ====== */
+
+/* amax_backward(g, x, out, dim, keepdim): g divided among the elements that equal the result. */
+static int amax_backward(hm_opcall *c) {
+  hm_tensor *const x = c->in[1].t;
+  const hm_attr keep[] = {c->attr[0], {.i = true}};
+  hm_attr spread[] = {{.n = x->ndim}, c->attr[0], c->attr[1]};
+  memcpy(spread[0].v, x->shape, sizeof(int64_t) * (size_t)x->ndim);
+  hm_tensor *g = NULL, *top = NULL, *hit = NULL, *count = NULL, *share = NULL;
+  int status = hm_call(HM_OP_EXPAND_REDUCED, &c->in[0], spread, &g);
+  if (!status) status = hm_call(HM_OP_EXPAND_REDUCED, &c->in[2], spread, &top);
+  if (!status) status = hm_op_eq(hm_t(x), hm_t(top), &hit);
+  if (!status) status = hm_call_as(HM_OP_SUM, (const hm_arg[]){hm_t(hit)}, keep, HM_F32, &count);
+  if (!status) status = hm_op_div(hm_t(g), hm_t(count), &share);
+  if (!status) status = hm_call_as(HM_OP_WHERE, (const hm_arg[]){hm_t(hit), hm_t(share), hm_f(0)}, NULL, c->spec[0].dtype, &c->out[0]);
+  hm_tensor_release(g);
+  hm_tensor_release(top);
+  hm_tensor_release(hit);
+  hm_tensor_release(count);
+  hm_tensor_release(share);
+  return status;
+}
+
+/* narrow_backward(x, shape, dim, start): zeros with x written from start along dim. */
+static int narrow_backward(hm_opcall *c) {
+  hm_tensor *const x = c->in[0].t;
+  hm_tensor *all = NULL, *part = NULL, *same;
+  int status = hm__wrap_dim(c, &c->attr[1].i, c->attr[0].n);
+  if (!status) status = hm_empty(c->attr[0].n, c->attr[0].v, c->spec[0].dtype, c->device, &all);
+  if (!status) status = hm_op_fill_(hm_t(all), hm_f(0), &same);
+  if (!status) hm_tensor_release(same);
+  if (!status) status = hm_op_narrow(hm_t(all), c->attr[1].i, c->attr[2].i, x->shape[c->attr[1].i], &part);
+  if (!status) status = hm_op_copy_(hm_t(part), hm_t(x), &same);
+  if (!status) hm_tensor_release(same);
+  hm_tensor_release(part);
+  if (status) hm_tensor_release(all);
+  else c->out[0] = all;
+  return status;
+}
+
+int hm__infer_composite(hm_opcall *c) {
+  switch (c->op) {
+    case HM_OP_AMAX_BACKWARD: return amax_backward(c);
+    case HM_OP_NARROW_BACKWARD: return narrow_backward(c);
+    default: return hm_fail(HM_ERR_INTERNAL, "%s: a composite without a body", c->info->name);
+  }
+}

@@ -1,0 +1,80 @@
+/*
+ * graph.h -- private to core: nodes of the autograd tape.
+ *
+ * A node stands for one recorded op.  Edges point from a node to the nodes that made its inputs (to an accumulator for a leaf).  Each edge
+ * knows the shape and dtype that the gradient must have there; the engine sums over broadcast dims and casts to fit, so backward functions need
+ * not.  A weight that autocast cast down keeps a float32 edge: its gradient is made in float32 and never rounded on the way.
+ *
+ * Ownership: an output tensor owns its node; a node owns its saved tensors and, through edges, the nodes below.  A saved output is kept as an
+ * alias without graph, so there are no cycles.  Freeing is iterative: a chain of 100,000 nodes frees without recursion.
+ */
+#ifndef HM_CORE_GRAPH_H
+#define HM_CORE_GRAPH_H
+
+#include "op.h"
+
+typedef struct hm_edge {
+  hm_node *node; /* owned; NULL: this input wants no gradient */
+  int32_t nr;    /* which output of node */
+  int8_t dtype;  /* of the gradient */
+  int8_t ndim;
+  int16_t device;
+  int64_t shape[HM_MAX_NDIM]; /* set for every tensor input, wanted or not */
+} hm_edge;
+
+typedef struct hm_saved {
+  hm_arg arg;       /* tensor (owned), number, or none */
+  uint32_t version; /* of the tensor's storage when it was saved */
+} hm_saved;
+
+struct hm_node {
+  _Atomic int32_t refs;
+  int32_t op;                 /* enum hm_op, or HM_NODE_ACCUMULATE / HM_NODE_CUSTOM */
+  uint8_t n_in, n_out;
+  bool freed;                 /* saved tensors are gone: a second backward is an error */
+  uint64_t seq;               /* order of recording; the walk takes the highest first */
+  struct hm_visit *visit;     /* scratch of the innermost walk that has met the node */
+  hm_edge *edge;              /* n_in of them */
+  hm_saved *in;               /* n_in, or NULL */
+  hm_saved *out;              /* n_out, or NULL */
+  hm_attr *attr;              /* the row's attributes */
+  hm_hook *hooks;             /* of non-leaf outputs; see hm_hook.out_nr */
+  hm_tensor *leaf;            /* accumulators: owned; the leaf only borrows its accumulator */
+  bool backward_f32;          /* gradients of this op are computed in float32 (autocast's `backward` option) */
+  struct hm_custom *custom;   /* custom functions: owned */
+};
+
+enum { HM_NODE_ACCUMULATE = -1, HM_NODE_CUSTOM = -2 };
+
+/* ---- for generated backward functions (build/gen/backward.c) ----
+ *   grad     n_out gradients (NULL where none arrived), borrowed
+ *   grad_in  n_in slots, NULL on entry; the function sets new references where hm__wants() says so */
+bool hm__wants(const hm_node *n, int in);
+hm_arg hm__saved_in(hm_node *n, int in, int *status);   /* borrowed for the call; under create_graph it carries its graph */
+hm_arg hm__saved_out(hm_node *n, int out, int *status); /* likewise */
+void hm__edge_shape(const hm_node *n, int in, hm_attr *shape);
+int64_t hm__edge_size(const hm_node *n, int in, int64_t dim);
+int hm__edge_dtype(const hm_node *n, int in); /* the dtype the outermost call may write at once */
+void hm__inverse_dims(const hm_attr *dims, hm_attr *out);
+double hm__reduced_count(const hm_node *n, int in, const hm_attr *dims);
+
+/* ---- recording (autograd.c) ---- */
+/* Makes the node of a finished call and hangs the outputs on it. */
+int hm__record(hm_opcall *c);
+/* True if the call must be recorded: gradients on, the op differentiable, some input wants one. */
+bool hm__needs_record(const hm_opcall *c);
+/* Before an in-place write to t: refuses leaves that want a gradient and views of tensors that do. */
+int hm__check_inplace(const hm_opcall *c, hm_tensor *t);
+void hm__node_release(hm_node *n);
+/* When gradients last reached this leaf: larger is later; 0 never.  The scaler sorts culprits by it. */
+static inline uint64_t hm__grad_order(const hm_tensor *t) { return t->grad_order; }
+/* True while this thread walks a graph backward. */
+bool hm__in_backward(void);
+/* The tensors a node keeps for backward, for the op log: fills list (borrowed), returns how many. */
+int hm__node_saved(const hm_node *n, hm_tensor **list, int max);
+
+/* ---- autocast (autocast.c) ---- */
+/* Chooses dtypes for the call and casts operands; afterwards in[], dtype, compute are final. */
+int hm__autocast(hm_opcall *c);
+
+#endif

@@ -1,0 +1,475 @@
+/*
+ * halfmoon.h -- the engine, for C: tensors, ops, autograd, autocast, the gradient scaler, optimizers, files.
+ *
+ * The one public header of core/.  lua/bind is its first user; a C program may use it alone.  Knows no Lua.
+ *
+ * Conventions
+ *   - A function that can fail returns a status (0 is HM_OK) and leaves a message for this thread in hm_error_message().
+ *     On failure every out-parameter is left NULL (or untouched for numbers), and no argument has changed.
+ *   - "returns a new reference": the caller owns one reference and gives it back with hm_tensor_release.
+ *     "borrows": the callee keeps nothing.  "retains": the callee takes a reference of its own.
+ *   - dims and indices count from 0 here, negative dims from the end.  Shapes are in elements, sizes in bytes.
+ *   - One thread at a time changes tensors (the mutator).  Reference counts are atomic; error messages are per thread.
+ */
+#ifndef HALFMOON_H
+#define HALFMOON_H
+
+#include <stdarg.h>
+#include <stdatomic.h>
+
+#include "kernels.h"
+
+#define HM_VERSION "0.1.0"
+
+/* ====== Errors (status.c) ====== */
+
+/* Keeps a printf-style message for this thread; returns code, so that `return hm_fail(HM_ERR_SHAPE, ...)` reads well.
+ * A message is "what: expected, came" and may go on with lines that begin with two spaces, the last a "hint: ". */
+int hm_fail(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* The message of the last failure on this thread; "" if none.  Valid until the next failure. */
+const char *hm_error_message(void);
+/* Text of a status code. */
+const char *hm_status_text(int code);
+
+/* ====== Memory (alloc.c) ====== */
+
+/* Host memory for the engine's own structures; all of core allocates through these three, so that a test can make the n-th
+ * call fail.  hm_alloc returns NULL when memory is out and keeps a message; hm_calloc zeroes. */
+void *hm_alloc(size_t bytes);
+void *hm_calloc(size_t bytes);
+void *hm_realloc(void *p, size_t bytes);
+void hm_free(void *p);
+/* Test hook: fail the n-th allocation from now (1 is the next), tensor memory included; 0 switches off. */
+void hm_alloc_fail_at(int64_t n);
+
+typedef struct hm_memory_stats {
+  int64_t live;          /* bytes of tensor data in use */
+  int64_t peak;          /* largest `live` since the last reset */
+  int64_t cached;        /* bytes kept for reuse */
+  int64_t reserved;      /* live (rounded to block sizes) + cached: what was asked from the system */
+  int64_t allocs;        /* tensor allocations served */
+  int64_t system_allocs; /* of those, how many went to the system */
+  int64_t layout_copies; /* copies made only to change layout */
+  int64_t shadow_bytes;  /* part of live: derived low-precision and packed copies */
+} hm_memory_stats;
+
+int hm_memory_get_stats(int device, hm_memory_stats *out);
+void hm_memory_reset_peak(int device);
+/* Gives cached blocks back to the system. */
+void hm_memory_trim(int device);
+
+/* Called on the mutator thread, outside all locks, when an allocation misses the cache.  bytes: what is wanted.  desperate: the
+ * system is out of memory; whatever can be freed should be. */
+typedef void (*hm_pressure_fn)(void *ud, size_t bytes, bool desperate);
+void hm_set_pressure_hook(hm_pressure_fn fn, void *ud);
+
+/* ====== Devices (device.c) ====== */
+
+/* Device ids: 0 is the CPU, 1 + i is cuda:i. */
+enum { HM_CPU = 0, HM_MAX_DEVICES = 17 };
+
+/* Opens the backends.  Idempotent. */
+int hm_init(void);
+/* The backend of a device; NULL with a message when there is none. */
+const hm_backend *hm_device_backend(int device);
+/* "cpu", "cuda", "cuda:1" -> id.  */
+int hm_device_parse(const char *name, int *device);
+/* "cpu" or "cuda:0".  Static. */
+const char *hm_device_name(int device);
+
+/* ====== Tensors (tensor.c, view.c) ====== */
+
+typedef struct hm_storage hm_storage;
+typedef struct hm_node hm_node;
+typedef struct hm_hook hm_hook;
+
+/* A view (shape, strides, offset) on a reference-counted storage.  Outside core the fields are for reading only. */
+typedef struct hm_tensor {
+  _Atomic int32_t refs;
+  int8_t dtype;
+  int8_t ndim;
+  bool requires_grad; /* leaf that wants a gradient, or output of a recorded op */
+  bool is_view;       /* made by a view op of another tensor */
+  bool retains_grad;  /* non-leaf that keeps its gradient */
+  bool in_lua;        /* the binding's mark: an entry stands in its identity map */
+  hm_storage *storage;
+  int64_t offset; /* in elements */
+  int64_t numel;
+  int64_t shape[HM_MAX_NDIM];
+  int64_t stride[HM_MAX_NDIM]; /* in elements */
+  hm_node *node;               /* what made it (owned); NULL for leaves */
+  int32_t out_nr;              /* which output of node */
+  hm_node *accumulator;        /* leaves: the node that adds into grad; borrowed, NULL while no graph needs it */
+  struct hm_tensor *grad;      /* owned */
+  hm_hook *hooks;              /* owned list */
+  uint64_t grad_order;         /* leaves: when a gradient last arrived; larger is later, 0 never */
+} hm_tensor;
+
+/* ---- life ---- */
+
+/* A new row-major tensor with undefined contents.  Returns a new reference in *out.  shape: ndim sizes >= 0. */
+int hm_empty(int ndim, const int64_t *shape, int dtype, int device, hm_tensor **out);
+/* As hm_empty, filled from host memory: dense row-major data of dtype data_dtype, converted once. */
+int hm_from_host(const void *data, int data_dtype, int ndim, const int64_t *shape, int dtype, int device, hm_tensor **out);
+/* Another tensor struct on t's storage: same shape and strides, no graph, requires_grad false.  New reference. */
+int hm_alias(hm_tensor *t, hm_tensor **out);
+/* A view on t's storage with given geometry (unchecked against aliasing, checked against bounds); no graph. New reference. */
+int hm_as_strided(hm_tensor *t, int ndim, const int64_t *shape, const int64_t *stride, int64_t offset, hm_tensor **out);
+hm_tensor *hm_tensor_retain(hm_tensor *t); /* returns t; NULL passes through */
+void hm_tensor_release(hm_tensor *t);      /* drops one reference; NULL is ignored */
+/* Drops t's hold on its memory now: t becomes an empty shell whose use is an error ("tensor was released").  Views keep theirs. */
+void hm_tensor_drop(hm_tensor *t);
+bool hm_tensor_is_dropped(const hm_tensor *t);
+
+/* ---- reading ---- */
+
+int hm_tensor_device(const hm_tensor *t);
+void *hm_tensor_data(const hm_tensor *t); /* first element; device memory on a GPU */
+uint32_t hm_tensor_version(const hm_tensor *t);
+bool hm_tensor_is_leaf(const hm_tensor *t);
+bool hm_is_contiguous(const hm_tensor *t);                      /* row-major, no gaps */
+bool hm_is_channels_last(const hm_tensor *t);                   /* 4-d, memory order N H W C, no gaps */
+int hm_item(const hm_tensor *t, double *f, int64_t *i);         /* one element: floats set *f, others *i (either may be NULL) */
+int hm_to_host(const hm_tensor *t, void *data, int data_dtype); /* all elements, row-major, converted; data holds numel */
+/* Storage bytes and identity, for reports ("do these two share memory?"). */
+const void *hm_tensor_storage_id(const hm_tensor *t);
+/* "f16[32,784] on cpu", for messages.  buffer holds size bytes; returns buffer. */
+const char *hm_describe(const hm_tensor *t, char *buffer, size_t size);
+
+/* ---- gradient fields ---- */
+
+/* Leaves of floating dtype only. */
+int hm_set_requires_grad(hm_tensor *t, bool on);
+/* Replaces t->grad; checks shape, dtype and device; retains grad; NULL clears. */
+int hm_set_grad(hm_tensor *t, hm_tensor *grad);
+int hm_retain_grad(hm_tensor *t);
+/* fn gets the gradient that reached t (borrowed) and may set *replacement to a new reference.  A status other than HM_OK ends
+ * backward.  `drop` frees ud.  Returns an id for hm_remove_hook in *id. */
+typedef int (*hm_hook_fn)(void *ud, hm_tensor *grad, hm_tensor **replacement);
+int hm_add_hook(hm_tensor *t, hm_hook_fn fn, void *ud, void (*drop)(void *ud), int64_t *id);
+void hm_remove_hook(hm_tensor *t, int64_t id);
+
+/* ====== Ops (dispatch.c; the table and one typed function per op are generated from kernels/ops.def) ====== */
+
+/* An operand: a tensor, a number ("weak": it never changes a floating dtype), or nothing. */
+typedef enum hm_arg_kind { HM_ARG_NONE, HM_ARG_TENSOR, HM_ARG_INT, HM_ARG_FLOAT } hm_arg_kind;
+typedef struct hm_arg {
+  hm_arg_kind kind;
+  union {
+    hm_tensor *t;
+    int64_t i;
+    double f;
+  };
+} hm_arg;
+
+static inline hm_arg hm_t(hm_tensor *t) { return t ? (hm_arg){HM_ARG_TENSOR, {.t = t}} : (hm_arg){HM_ARG_NONE, {.t = NULL}}; }
+static inline hm_arg hm_i(int64_t i) { return (hm_arg){HM_ARG_INT, {.i = i}}; }
+static inline hm_arg hm_f(double f) { return (hm_arg){HM_ARG_FLOAT, {.f = f}}; }
+
+typedef enum hm_attr_type {
+  HM_ATTR_INT,
+  HM_ATTR_INTS,
+  HM_ATTR_FLOAT,
+  HM_ATTR_BOOL,
+  HM_ATTR_DTYPE,
+  HM_ATTR_SHAPE,
+  HM_ATTR_ENUM,
+  HM_ATTR_DIM,
+  HM_ATTR_DIMS,
+  HM_ATTR_RNG
+} hm_attr_type;
+
+typedef struct hm_in_info {
+  const char *name;
+  char cls; /* L F P T t i b: see kernels/ops.def */
+  bool optional, mutated;
+} hm_in_info;
+
+typedef struct hm_attr_info {
+  const char *name;
+  uint8_t type; /* hm_attr_type */
+  bool optional;
+  hm_attr dflt;               /* value when absent (i = HM_NONE or n = 0 for optional ones) */
+  const char *const *choices; /* HM_ATTR_ENUM: NULL-terminated */
+} hm_attr_info;
+
+typedef struct hm_out_info {
+  const char *name;
+  char cls;  /* L F P T f i u b *, or '=' for "the input number `same`" */
+  int8_t same;
+} hm_out_info;
+
+enum { HM_INTS_FLOAT, HM_INTS_KEEP, HM_INTS_NO };
+enum { HM_LUA_BOTH, HM_LUA_FUNCTION, HM_LUA_METHOD, HM_LUA_NO };
+
+struct hm_opcall; /* core/op.h */
+
+/* One row of the op table. */
+typedef struct hm_op_info {
+  const char *name, *signature, *doc, *meta; /* meta: "__add" or NULL */
+  uint8_t family;                            /* hm_family */
+  uint8_t n_in, n_out, n_attr;
+  uint8_t ints, lua;
+  bool differentiable; /* some input has a derivative */
+  bool partial;
+  bool generated; /* made by the generator from another row */
+  float ulp;
+  const char *domain;
+  hm_in_info in[HM_MAX_IN];
+  hm_out_info out[HM_MAX_OUT];
+  const hm_attr_info *attr;
+  uint8_t diff_in;                                   /* bit mask: inputs with a derivative */
+  uint8_t need_in[HM_MAX_IN], need_out[HM_MAX_IN];   /* bit masks: inputs and outputs that the derivative by input i reads */
+  int (*infer)(struct hm_opcall *call);
+  int (*backward)(hm_node *node, hm_tensor *const *grad, hm_tensor **grad_in);
+} hm_op_info;
+
+const hm_op_info *hm_op_get(int op); /* op in [0, HM_OP_COUNT) */
+int hm_op_find(const char *name);    /* op id, or -1 */
+
+/* Runs op: autocast, promotion, shapes, memory, kernel, one node if a gradient is wanted.
+ *   in    info->n_in operands (borrowed); absent optional ones have kind HM_ARG_NONE
+ *   attr  info->n_attr attributes (borrowed)
+ *   out   info->n_out new references.  An output that is a mutated input is a new reference to that input. */
+int hm_call(int op, const hm_arg *in, const hm_attr *attr, hm_tensor **out);
+/* As hm_call; the first output is written in out_dtype (HM_NONE: the op's rule), rounded once. */
+int hm_call_as(int op, const hm_arg *in, const hm_attr *attr, int out_dtype, hm_tensor **out);
+/* The in-place form of an elementwise op: the result goes into in[0].t.  Returns nothing new. */
+int hm_call_inplace(int op, const hm_arg *in, const hm_attr *attr);
+
+/* Composites that are not rows (composite.c).  New references. */
+int hm_to(hm_tensor *t, int dtype, int device, bool copy, hm_tensor **out); /* dtype HM_NONE, device -1: as t.  Nothing to do: t */
+int hm_contiguous(hm_tensor *t, hm_tensor **out);                           /* row-major; t itself if it is so */
+int hm_channels_last(hm_tensor *t, hm_tensor **out);
+int hm_clone(hm_tensor *t, hm_tensor **out);
+int hm_cat(hm_tensor *const *list, int n, int dim, hm_tensor **out);
+int hm_stack(hm_tensor *const *list, int n, int dim, hm_tensor **out);
+/* Sums t over the dims that broadcasting from `shape` added; HM_ERR_SHAPE if shape does not broadcast to t's. */
+int hm_sum_to(hm_tensor *t, int ndim, const int64_t *shape, hm_tensor **out);
+/* The shape that a and b broadcast to. */
+int hm_broadcast(int na, const int64_t *a, int nb, const int64_t *b, int *n, int64_t *out);
+/* dtype of arithmetic between two dimensioned tensors. */
+int hm_promote(int a, int b);
+
+/* A record of every op that ran, for specs and debugging.  Pointers are valid during the call only. */
+typedef struct hm_op_event {
+  const hm_op_info *info;
+  bool backward; /* run by the engine's backward walk */
+  int n_in, n_out, n_saved;
+  const hm_view *in, *out;      /* as the kernel got them */
+  hm_tensor *const *saved;      /* tensors kept for backward */
+} hm_op_event;
+typedef void (*hm_op_log_fn)(void *ud, const hm_op_event *event);
+void hm_set_op_log(hm_op_log_fn fn, void *ud); /* NULL switches off */
+
+/* ====== Modes: gradients on or off, autocast (mode.c) ====== */
+
+/* Belongs to one coroutine; the binding keeps one for each and says which is current.  Plain data, copied freely. */
+typedef struct hm_mode {
+  bool grad;              /* record ops */
+  bool autocast;          /* inside an enabled region */
+  bool cache;             /* keep casts of weights */
+  int8_t low;             /* region's dtype: HM_F16 or HM_BF16 */
+  int8_t backward_dtype;  /* HM_NONE, or HM_F32: gradients of eligible ops are computed in float32 */
+  const char *cls;        /* NULL, or HM_OP_COUNT letters that override the ops' classes (0: as the table says); borrowed */
+} hm_mode;
+
+hm_mode *hm_mode_current(void);      /* never NULL; changes through it take effect at once */
+void hm_mode_switch(hm_mode *mode);  /* NULL: this thread's own default mode */
+
+typedef struct hm_cast_stats {
+  int64_t hits, misses; /* low copies of weights found / made */
+  int64_t casts;        /* casts of anything else */
+  int64_t bytes;        /* held by low copies of weights */
+} hm_cast_stats;
+void hm_cast_get_stats(hm_cast_stats *out);
+
+/* ====== Autograd (autograd.c) ====== */
+
+/* Runs backward from n roots.  grads[i]: gradient of roots[i] (borrowed; NULL: ones, for a one-element root).  Gradients add into
+ * .grad of the leaves.  The graph is freed as it is walked, unless retain.  An error (from a hook, say) leaves the graph dead and the
+ * gradients made so far in place. */
+int hm_backward(hm_tensor *const *roots, hm_tensor *const *grads, int n, bool retain, bool create_graph);
+/* Gradients of roots by inputs, without touching .grad.  out: n_inputs new references (NULL where unused, an error unless allow_unused). */
+int hm_autograd_grad(hm_tensor *const *roots, hm_tensor *const *grads, int n, hm_tensor *const *inputs, int n_inputs, bool retain,
+                     bool create_graph, bool allow_unused, hm_tensor **out);
+
+/* A function with its own backward (Lua Functions).  Gradients of the n_out outputs come in (NULL: none arrived), gradients of the n_in inputs go
+ * out (new references, NULL: none). */
+typedef int (*hm_custom_fn)(void *ud, int n_out, hm_tensor *const *grad, int n_in, hm_tensor **grad_in);
+/* Makes `out` (plain tensors, no graph of their own) the outputs of a custom node over `in`; takes ud over (drop(ud) at the end,
+ * also when this fails).  Nothing is recorded when gradients are off or no input wants one. */
+int hm_record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out, hm_custom_fn fn, void *ud,
+                     void (*drop)(void *ud));
+
+/* ====== Random numbers (random.c) ====== */
+
+/* One Philox stream per device: (seed, offset).  An op takes ceil(numel / 4) counters. */
+void hm_seed(uint64_t seed);                                       /* all devices; offset 0 */
+void hm_random_get(int device, uint64_t *seed, uint64_t *offset);
+void hm_random_set(int device, uint64_t seed, uint64_t offset);
+void hm_random_take(int device, int64_t numel, hm_attr *rng); /* fills an rng attribute and advances */
+
+/* ====== Optimizers (optim.c) ====== */
+
+typedef enum hm_optim_kind { HM_OPTIM_SGD, HM_OPTIM_ADAM, HM_OPTIM_ADAMW } hm_optim_kind;
+
+typedef struct hm_optim_options {
+  double lr, weight_decay;
+  double momentum, dampening; /* SGD */
+  double beta1, beta2, eps;   /* Adam, AdamW */
+  bool nesterov, maximize;
+} hm_optim_options;
+
+typedef struct hm_optim hm_optim;
+
+int hm_optim_new(hm_optim_kind kind, hm_optim **out);
+void hm_optim_free(hm_optim *o); /* NULL is ignored */
+/* Adds a group; retains the parameters (leaf tensors of floating dtype, no duplicates).  Returns its index in *group. */
+int hm_optim_add_group(hm_optim *o, hm_tensor *const *params, int n, const hm_optim_options *options, int *group);
+int hm_optim_group_count(const hm_optim *o);
+/* Options of a group, readable and writable between steps (the scheduler's door). */
+hm_optim_options *hm_optim_group_options(hm_optim *o, int group);
+int hm_optim_param_count(const hm_optim *o);            /* over all groups, in order of addition */
+hm_tensor *hm_optim_param(const hm_optim *o, int index); /* borrowed */
+int hm_optim_param_group(const hm_optim *o, int index);
+void hm_optim_zero_grad(hm_optim *o); /* gradients become NULL */
+/* One update of every parameter that has a gradient; others are untouched. */
+int hm_optim_step(hm_optim *o);
+/* State of one parameter: name "momentum_buffer", "exp_avg", "exp_avg_sq" -> tensor (borrowed; NULL while there is none); step counts its updates. */
+hm_tensor *hm_optim_state(const hm_optim *o, int index, const char *name);
+int hm_optim_set_state(hm_optim *o, int index, const char *name, hm_tensor *value); /* retains a copy in the state's dtype */
+int64_t hm_optim_param_step(const hm_optim *o, int index);
+void hm_optim_set_param_step(hm_optim *o, int index, int64_t step);
+/* Bytes of state held. */
+int64_t hm_optim_state_bytes(const hm_optim *o);
+/* Norm of all gradients of a list of tensors together, in one fixed order; non-finite values make it non-finite. */
+int hm_grad_norm(hm_tensor *const *params, int n, double *norm);
+/* grad *= coef for each that has one. */
+int hm_grad_scale(hm_tensor *const *params, int n, double coef);
+
+/* ====== The gradient scaler (scaler.c) ====== */
+
+/* What a policy hears after each update. */
+typedef struct hm_scaler_event {
+  bool found_inf;
+  int64_t inf_count, nan_count;
+  int64_t step; /* counts updates that had a check, from 1 (a step retried after a skip, without update() in between, counts too) */
+  double scale; /* the scale those gradients were made with */
+  double amax, norm; /* of unscaled finite gradients; valid where the policy asked */
+} hm_scaler_event;
+
+/* Decides the next scale.  Returns HM_OK and sets *scale; or a status with a message: the scale stays and the event is "fault".
+ * *scale is the current scale on entry.  *stop may be set to a message (owned by the policy, valid until its next call): update() then fails
+ * with HM_ERR_CALLBACK after its state is consistent. */
+typedef int (*hm_policy_fn)(void *ud, const hm_scaler_event *event, double *scale, const char **stop);
+
+/* NAN in a number: not given, take the default. */
+typedef struct hm_scaler_options {
+  double init_scale;           /* 65536 */
+  double min_scale, max_scale; /* 1 and 2^24 by default, widened to hold init_scale; 0 and INFINITY switch them off */
+  bool enabled;
+  bool allow_f16_grads;
+} hm_scaler_options;
+
+typedef struct hm_culprit {
+  hm_tensor *param; /* borrowed: lives while the optimizer does */
+  int index;        /* in the optimizer */
+  int64_t inf_count, nan_count;
+} hm_culprit;
+
+/* What step() did.  culprits: in backward order, nearest the loss first; owned by the scaler, valid until its next step or unscale_. */
+typedef struct hm_step_record {
+  bool stepped, found_inf, empty;
+  int64_t inf_count, nan_count;
+  double scale;
+  double norm, amax; /* of unscaled finite gradients */
+  const hm_culprit *culprits;
+  int n_culprits;
+} hm_step_record;
+
+typedef enum hm_scale_change { HM_SCALE_HOLD, HM_SCALE_GROW, HM_SCALE_BACKOFF, HM_SCALE_FLOOR, HM_SCALE_CAP, HM_SCALE_FAULT, HM_SCALE_STOP } hm_scale_change;
+
+typedef struct hm_update_record {
+  double old_scale, new_scale;
+  hm_scale_change event;
+} hm_update_record;
+const char *hm_scale_change_name(hm_scale_change event); /* "hold", "grow", ... */
+
+typedef struct hm_scaler hm_scaler;
+
+int hm_scaler_new(const hm_scaler_options *options, hm_scaler **out);
+void hm_scaler_free(hm_scaler *s);
+bool hm_scaler_enabled(const hm_scaler *s);
+double hm_scaler_get_scale(const hm_scaler *s); /* 1 when disabled */
+/* Clamped to the bounds; HM_ERR_ARG unless positive and finite. */
+int hm_scaler_set_scale(hm_scaler *s, double scale);
+void hm_scaler_bounds(const hm_scaler *s, double *min_scale, double *max_scale);
+/* Takes ud over: drop(ud) when replaced or freed. */
+void hm_scaler_set_policy(hm_scaler *s, hm_policy_fn fn, void *ud, void (*drop)(void *ud));
+/* loss * scale, always float32 (float64 stays), recorded.  A disabled scaler returns loss itself.  New reference. */
+int hm_scaler_scale(hm_scaler *s, hm_tensor *loss, hm_tensor **out);
+int hm_scaler_unscale(hm_scaler *s, hm_optim *o);
+/* max_norm: 0 for none, else clips by the global norm inside pass 2. */
+int hm_scaler_step(hm_scaler *s, hm_optim *o, double max_norm, hm_step_record *record);
+/* new_scale: 0 lets the policy decide; without a policy the scale stays.  No check since the last update: nothing happens, event HOLD.
+ * Event FAULT: returns HM_OK, and hm_error_message() says what the policy did.  Event STOP: fails, with the record filled in. */
+int hm_scaler_update(hm_scaler *s, double new_scale, hm_update_record *record);
+/* Events handed to policies so far, for checkpoints. */
+int64_t hm_scaler_get_step(const hm_scaler *s);
+void hm_scaler_set_step(hm_scaler *s, int64_t step);
+/* An optimizer is about to go: forget what is kept about it. */
+void hm_scaler_forget(hm_scaler *s, const hm_optim *o);
+
+/* ====== Files (safetensors.c, idx.c) ====== */
+
+typedef struct hm_named {
+  const char *name;
+  hm_tensor *tensor;
+} hm_named;
+
+typedef struct hm_pair {
+  const char *key, *value;
+} hm_pair;
+
+/* Writes to a temporary file beside path, flushes it to the disk, renames.  Row-major, little-endian, dtypes as they are. */
+int hm_safetensors_save(const char *path, const hm_named *entries, int n, const hm_pair *metadata, int n_metadata);
+
+typedef struct hm_safetensors hm_safetensors; /* an open file: header checked, data not yet read */
+int hm_safetensors_open(const char *path, hm_safetensors **out);
+void hm_safetensors_close(hm_safetensors *f);
+int hm_safetensors_count(const hm_safetensors *f);
+const char *hm_safetensors_name(const hm_safetensors *f, int index);                 /* in file order; borrowed */
+int hm_safetensors_read(hm_safetensors *f, int index, int device, hm_tensor **out); /* new reference */
+int hm_safetensors_metadata_count(const hm_safetensors *f);
+hm_pair hm_safetensors_metadata(const hm_safetensors *f, int index); /* borrowed */
+
+/* An IDX file (plain or gzip): a new row-major u8, i32, f32 or f64 tensor on the CPU. */
+int hm_idx_read(const char *path, hm_tensor **out);
+
+/* ====== Batches (loader.c): one C thread gathers rows ahead of the loop ====== */
+
+typedef struct hm_loader hm_loader;
+
+typedef struct hm_loader_options {
+  int64_t batch_size;
+  bool drop_last;
+  bool shuffle;
+  uint64_t seed;
+  int prefetch;   /* batches ready ahead; 0: gathered on the calling thread */
+  int convert_to; /* dtype of the first tensor's batches, or HM_NONE: as it is */
+  double scale, shift; /* first tensor, when converted: x * scale + shift (in float32) */
+} hm_loader_options;
+
+/* tensors: n of them, contiguous, on the CPU, equal size along dim 0 (retained).  */
+int hm_loader_new(hm_tensor *const *tensors, int n, const hm_loader_options *options, hm_loader **out);
+void hm_loader_free(hm_loader *l); /* stops the thread */
+int64_t hm_loader_batches(const hm_loader *l); /* per epoch */
+/* Begins an epoch: order is a function of (seed, epoch) alone. */
+int hm_loader_start(hm_loader *l, int64_t epoch);
+/* The next batch: n new references in out; *done is set (and out untouched) at the end of the epoch. */
+int hm_loader_next(hm_loader *l, hm_tensor **out, bool *done);
+
+#include "ops_api.h" /* generated: one function per op, e.g. int hm_op_tanh(hm_arg x, hm_tensor **out) */
+
+#endif

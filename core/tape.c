@@ -1,0 +1,259 @@
+/*
+ * tape.c -- the tape: nodes are made here when an op has run, and freed here.
+ *
+ * dispatch.c calls hm__record after an op whose result wants a gradient.  A node keeps just what the derivatives of the wanted inputs read
+ * (need_in, need_out of the row).  Accumulators stand for leaves: they own the leaf, the leaf only borrows its accumulator, so neither
+ * outlives the graphs that use it.  autograd.c walks what is made here.
+ */
+#include <string.h>
+
+#include "hook.h"
+#include "tape.h"
+
+static uint64_t next_seq = 1; /* mutator thread only */
+
+/* ====== Freeing ====== */
+
+static hm_node *dying; /* nodes with no references left, linked through `visit`; mutator thread only */
+static bool draining;
+
+static void free_saved(hm_saved *list, int n) {
+  for (int i = 0; list && i < n; i++) {
+    if (list[i].arg.kind == HM_ARG_TENSOR) hm_tensor_release(list[i].arg.t);
+    list[i].arg.kind = HM_ARG_NONE;
+  }
+}
+
+void hm__node_free_saved(hm_node *n) {
+  if (n->in || n->out || n->custom) n->freed = true;
+  free_saved(n->in, n->n_in);
+  free_saved(n->out, n->n_out);
+  if (n->custom && n->custom->drop) {
+    void (*drop)(void *ud) = n->custom->drop;
+    n->custom->drop = NULL;
+    drop(n->custom->ud);
+  }
+}
+
+static void free_node(hm_node *n) {
+  hm__node_free_saved(n);
+  for (int i = 0; i < n->n_in; i++) hm__node_release(n->edge[i].node);
+  if (n->hooks) hm__hooks_free(&n->hooks);
+  hm_free(n->custom);
+  if (n->leaf) {
+    n->leaf->accumulator = NULL;
+    hm_tensor_release(n->leaf);
+  }
+  hm_free(n);
+}
+
+void hm__node_release(hm_node *n) {
+  if (!n || atomic_fetch_sub_explicit(&n->refs, 1, memory_order_acq_rel) != 1) return;
+  n->visit = (hm_visit *)dying;
+  dying = n;
+  if (draining) return;
+  draining = true;
+  while (dying) {
+    hm_node *first = dying;
+    dying = (hm_node *)first->visit;
+    first->visit = NULL;
+    free_node(first);
+  }
+  draining = false;
+}
+
+hm_node *hm__node_retain(hm_node *n) {
+  if (n) atomic_fetch_add_explicit(&n->refs, 1, memory_order_relaxed);
+  return n;
+}
+
+/* ====== Making nodes ====== */
+
+/* One block holds a node and its arrays. */
+static hm_node *new_node(int op, int n_in, int n_out, bool save_in, bool save_out, int n_attr) {
+  const size_t edges = sizeof(hm_edge) * (size_t)n_in, in = save_in ? sizeof(hm_saved) * (size_t)n_in : 0;
+  const size_t out = save_out ? sizeof(hm_saved) * (size_t)n_out : 0, attrs = sizeof(hm_attr) * (size_t)n_attr;
+  char *p = hm_alloc(sizeof(hm_node) + edges + in + out + attrs);
+  if (!p) return NULL;
+  memset(p, 0, sizeof(hm_node) + edges + in + out);
+  hm_node *n = (hm_node *)p;
+  p += sizeof(hm_node);
+  atomic_init(&n->refs, 1);
+  n->op = op;
+  n->n_in = (uint8_t)n_in;
+  n->n_out = (uint8_t)n_out;
+  n->seq = next_seq++;
+  n->edge = (hm_edge *)p;
+  p += edges;
+  n->in = save_in ? (hm_saved *)p : NULL;
+  p += in;
+  n->out = save_out ? (hm_saved *)p : NULL;
+  p += out;
+  n->attr = n_attr ? (hm_attr *)p : NULL;
+  return n;
+}
+
+int hm__grad_target(hm_tensor *t, hm_node **out) {
+  *out = NULL;
+  if (!t->requires_grad) return HM_OK;
+  hm_node *n = t->node ? t->node : t->accumulator;
+  if (n) {
+    *out = hm__node_retain(n);
+    return HM_OK;
+  }
+  n = new_node(HM_NODE_ACCUMULATE, 0, 1, false, false, 0);
+  if (!n) return HM_ERR_MEMORY;
+  n->seq = 0; /* below every op: all gradients of a leaf arrive first */
+  n->leaf = hm_tensor_retain(t);
+  t->accumulator = n;
+  *out = n;
+  return HM_OK;
+}
+
+/* An edge to what made t; its node stays NULL if t wants no gradient, or `wanted` is false. */
+static int make_edge(hm_edge *e, hm_tensor *t, bool wanted, bool f32) {
+  e->nr = t->node ? t->out_nr : 0;
+  e->dtype = f32 && (t->dtype == HM_F16 || t->dtype == HM_BF16) ? HM_F32 : t->dtype;
+  e->ndim = t->ndim;
+  e->device = (int16_t)hm_tensor_device(t);
+  memcpy(e->shape, t->shape, sizeof(int64_t) * (size_t)t->ndim);
+  return wanted ? hm__grad_target(t, &e->node) : HM_OK;
+}
+
+/* Keeps an operand.  A tensor is kept as an alias without graph: release() on the user's own tensor then leaves the graph whole, and a node
+ * never owns itself through its output. */
+static int save(hm_saved *s, const hm_arg *a) {
+  s->arg = *a;
+  if (a->kind != HM_ARG_TENSOR) return HM_OK;
+  s->version = hm_tensor_version(a->t);
+  const int status = hm_alias(a->t, &s->arg.t);
+  if (status) s->arg.kind = HM_ARG_NONE;
+  return status;
+}
+
+static bool wants_gradient(const hm_opcall *c, int i) {
+  return (c->info->diff_in >> i & 1) && c->src[i].kind == HM_ARG_TENSOR && c->src[i].t->requires_grad;
+}
+
+bool hm__needs_record(const hm_opcall *c) {
+  if (!c->info->differentiable || !hm_mode_current()->grad) return false;
+  for (int i = 0; i < c->info->n_in; i++)
+    if (wants_gradient(c, i)) return true;
+  return false;
+}
+
+/* Masks of inputs and outputs that the derivatives of this call read. */
+static void needed_masks(const hm_opcall *c, uint32_t *in, uint32_t *out) {
+  *in = *out = 0;
+  for (int i = 0; i < c->info->n_in; i++) {
+    if (!wants_gradient(c, i)) continue;
+    *in |= c->info->need_in[i];
+    *out |= c->info->need_out[i];
+  }
+}
+
+/* An op that autocast ran in low precision, in a region that asks for float32 gradients. */
+static bool wants_f32_backward(const hm_opcall *c) {
+  const hm_mode *mode = hm_mode_current();
+  return mode->autocast && mode->backward_dtype == HM_F32 && (c->dtype == HM_F16 || c->dtype == HM_BF16);
+}
+
+static int save_outputs(const hm_opcall *c, hm_node *n, uint32_t mask) {
+  for (int i = 0; i < c->info->n_out; i++) {
+    if (!(mask >> i & 1)) continue;
+    const hm_arg a = hm_t(c->out[i]);
+    const int status = save(&n->out[i], &a);
+    if (status) return status;
+  }
+  return HM_OK;
+}
+
+/* Makes n the origin of output 0 (the only one that carries a gradient). */
+static int hang(hm_tensor *t, hm_node *n, int nr) {
+  hm__node_release(t->node);
+  t->node = hm__node_retain(n);
+  t->out_nr = nr;
+  t->requires_grad = true;
+  return t->retains_grad ? hm__retain_grad_moved(t) : HM_OK;
+}
+
+int hm__record(hm_opcall *c) {
+  uint32_t in, out;
+  needed_masks(c, &in, &out);
+  hm_node *n = new_node(c->op, c->info->n_in, c->info->n_out, in != 0, out != 0, c->info->n_attr);
+  if (!n) return HM_ERR_MEMORY;
+  n->backward_f32 = wants_f32_backward(c);
+  int status = HM_OK;
+  for (int i = 0; i < c->info->n_in && !status; i++) {
+    if (c->src[i].kind == HM_ARG_TENSOR) status = make_edge(&n->edge[i], c->src[i].t, c->info->diff_in >> i & 1, n->backward_f32);
+    if (!status && (in >> i & 1)) status = save(&n->in[i], &c->in[i]);
+  }
+  if (n->attr) memcpy(n->attr, c->attr, sizeof(hm_attr) * (size_t)c->info->n_attr);
+  if (!status) status = save_outputs(c, n, out);
+  if (!status) status = hang(c->out[0], n, 0);
+  hm__node_release(n);
+  return status;
+}
+
+int hm__check_inplace(const hm_opcall *c, hm_tensor *t) {
+  char text[160];
+  if (!hm_mode_current()->grad && !hm__needs_record(c) && !t->requires_grad) return HM_OK;
+  if (t->requires_grad && !t->node)
+    return hm_fail(HM_ERR_STATE, "%s: a leaf that wants a gradient cannot be changed in place: %s\n  hint: do it inside hm.no_grad, or make a new tensor",
+                   c->info->name, hm_describe(t, text, sizeof text));
+  if (t->is_view)
+    return hm_fail(HM_ERR_STATE, "%s: a view cannot be changed in place while gradients are recorded: %s\n  hint: clone() it first, or do it inside hm.no_grad",
+                   c->info->name, hm_describe(t, text, sizeof text));
+  return HM_OK;
+}
+
+int hm__node_saved(const hm_node *n, hm_tensor **list, int max) {
+  int count = 0;
+  for (int i = 0; n->in && i < n->n_in && count < max; i++)
+    if (n->in[i].arg.kind == HM_ARG_TENSOR) list[count++] = n->in[i].arg.t;
+  for (int i = 0; n->out && i < n->n_out && count < max; i++)
+    if (n->out[i].arg.kind == HM_ARG_TENSOR) list[count++] = n->out[i].arg.t;
+  return count;
+}
+
+/* ====== Custom functions ====== */
+
+static int record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out, hm_custom *custom) {
+  if (n_in > UINT8_MAX || n_out > UINT8_MAX)
+    return hm_fail(HM_ERR_ARG, "%s: a function takes at most %d tensors and returns at most as many", name, UINT8_MAX);
+  hm_node *n = new_node(HM_NODE_CUSTOM, n_in, n_out, false, false, 0);
+  if (!n) return HM_ERR_MEMORY;
+  int status = HM_OK;
+  for (int i = 0; i < n_in && !status; i++) status = make_edge(&n->edge[i], in[i], true, false);
+  for (int i = 0; i < n_out && !status; i++) {
+    if (out[i]->node || out[i]->requires_grad)
+      status = hm_fail(HM_ERR_STATE, "%s: output %d already has a graph\n  hint: compute outputs inside hm.no_grad", name, i + 1);
+  }
+  for (int i = 0; i < n_out && !status; i++)
+    if (hm_dtype_is_float(out[i]->dtype)) status = hang(out[i], n, i);
+  if (!status) n->custom = custom;
+  hm__node_release(n);
+  return status;
+}
+
+int hm_record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out, hm_custom_fn fn, void *ud,
+                     void (*drop)(void *ud)) {
+  bool wanted = false;
+  for (int i = 0; i < n_in; i++) wanted = wanted || in[i]->requires_grad;
+  int status = HM_OK;
+  if (wanted && hm_mode_current()->grad) {
+    const size_t length = strlen(name) + 1;
+    hm_custom *custom = hm_alloc(sizeof *custom + length);
+    if (custom) {
+      custom->fn = fn;
+      custom->ud = ud;
+      custom->drop = drop;
+      memcpy(custom->name, name, length);
+      status = record_custom(name, in, n_in, out, n_out, custom);
+      if (!status) return HM_OK;
+      hm_free(custom);
+    } else status = HM_ERR_MEMORY;
+  }
+  if (drop) drop(ud);
+  return status;
+}

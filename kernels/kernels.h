@@ -1,0 +1,310 @@
+/*
+ * kernels.h -- what a device can compute.
+ *
+ * The contract between core and the backends.  A backend is one versioned struct of functions (hm_backend):
+ * memory, and one kernel entry for each family of ops.  A kernel gets an op id, pointers, dtypes, shapes and strides;
+ * it knows no tensor, no autograd and no Lua.  Adding an op adds an id (kernels/ops.def), never a slot here.
+ *
+ * Rules for every kernel
+ *   - it returns HM_OK or an error code, and explains an error through host->fail; it never exits or jumps;
+ *   - it allocates only what it says in workspace_size(); workspace arrives 64-byte aligned;
+ *   - NaN and infinity propagate as IEEE 754 has it; half types are computed in float32 and rounded once, to nearest even;
+ *   - our own kernels give the same bits for any number of threads.
+ *
+ * May be included by kernels/ and core/.  Includes nothing of either.
+ */
+#ifndef HM_KERNELS_H
+#define HM_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ops.h" /* generated from ops.def: enum hm_op */
+
+/* ====== Status ====== */
+
+/* X(name, text): every status a function of core or kernels may return. */
+#define HM_STATUS_MAP(X)                                                                                               \
+  X(OK, "success")                                                                                                     \
+  X(ERR_ARG, "bad argument")                                                                                           \
+  X(ERR_SHAPE, "shapes do not fit")                                                                                    \
+  X(ERR_DTYPE, "dtypes do not fit")                                                                                    \
+  X(ERR_DEVICE, "devices do not fit")                                                                                  \
+  X(ERR_MEMORY, "out of memory")                                                                                       \
+  X(ERR_STATE, "called in the wrong order")                                                                            \
+  X(ERR_UNSUPPORTED, "not supported here")                                                                             \
+  X(ERR_IO, "input or output failed")                                                                                  \
+  X(ERR_FORMAT, "damaged or foreign file")                                                                             \
+  X(ERR_CALLBACK, "a callback failed")                                                                                 \
+  X(ERR_INTERNAL, "internal error")
+
+typedef enum hm_status {
+#define X(name, text) HM_##name,
+  HM_STATUS_MAP(X)
+#undef X
+} hm_status;
+
+/* ====== Dtypes ====== */
+
+typedef enum hm_kind { HM_KIND_BOOL, HM_KIND_INT, HM_KIND_FLOAT } hm_kind;
+
+/* X(id, long name, short name, bytes, kind).  Order is promotion order inside a kind.  Append-only: files store names, never ids. */
+#define HM_DTYPE_MAP(X)                                                                                                \
+  X(BOOL, "bool", "bool", 1, BOOL)                                                                                     \
+  X(U8, "uint8", "u8", 1, INT)                                                                                         \
+  X(I32, "int32", "i32", 4, INT)                                                                                       \
+  X(I64, "int64", "i64", 8, INT)                                                                                       \
+  X(F16, "float16", "f16", 2, FLOAT)                                                                                   \
+  X(BF16, "bfloat16", "bf16", 2, FLOAT)                                                                                \
+  X(F32, "float32", "f32", 4, FLOAT)                                                                                   \
+  X(F64, "float64", "f64", 8, FLOAT)
+
+typedef enum hm_dtype {
+  HM_NONE = -1, /* "no dtype given" */
+#define X(id, name, short_name, bytes, kind) HM_##id,
+  HM_DTYPE_MAP(X)
+#undef X
+  HM_DTYPE_COUNT
+} hm_dtype;
+
+static inline int hm_dtype_size(int dtype) {
+  static const uint8_t bytes[] = {
+#define X(id, name, short_name, bytes, kind) bytes,
+      HM_DTYPE_MAP(X)
+#undef X
+  };
+  return bytes[dtype];
+}
+
+static inline hm_kind hm_dtype_kind(int dtype) {
+  static const uint8_t kinds[] = {
+#define X(id, name, short_name, bytes, kind) HM_KIND_##kind,
+      HM_DTYPE_MAP(X)
+#undef X
+  };
+  return (hm_kind)kinds[dtype];
+}
+
+static inline bool hm_dtype_is_float(int dtype) { return hm_dtype_kind(dtype) == HM_KIND_FLOAT; }
+
+/* Long name ("float16"); "none" for HM_NONE. */
+static inline const char *hm_dtype_name(int dtype) {
+  static const char *const names[] = {
+#define X(id, name, short_name, bytes, kind) name,
+      HM_DTYPE_MAP(X)
+#undef X
+  };
+  return dtype < 0 ? "none" : names[dtype];
+}
+
+/* Short name ("f16"), as messages and tables print it. */
+static inline const char *hm_dtype_short(int dtype) {
+  static const char *const names[] = {
+#define X(id, name, short_name, bytes, kind) short_name,
+      HM_DTYPE_MAP(X)
+#undef X
+  };
+  return dtype < 0 ? "none" : names[dtype];
+}
+
+/* ====== What a kernel sees of a tensor ====== */
+
+enum { HM_MAX_NDIM = 8, HM_MAX_IN = 8, HM_MAX_OUT = 4, HM_MAX_ATTR = 8 };
+
+enum {
+  HM_VIEW_ABSENT = 1, /* optional input not given; nothing else is set */
+  HM_VIEW_SCALAR = 2, /* a Lua number: dtype is F64 or I64, the value lies in `scalar`, strides are 0.  "Weak": it is
+                         converted once, straight into the type the kernel computes in */
+  HM_VIEW_PACKED = 4  /* data is in the backend's own layout, made by pack(); shape and strides describe the plain tensor */
+};
+
+typedef struct hm_view {
+  void *data; /* first element */
+  int16_t dtype;
+  int16_t ndim;
+  uint32_t flags;
+  union {
+    double f;
+    int64_t i;
+  } scalar;
+  int64_t shape[HM_MAX_NDIM];
+  int64_t stride[HM_MAX_NDIM]; /* in elements; 0 repeats */
+} hm_view;
+
+/* One attribute of an op (dim, padding, p ...), in the order of its row.  The row tells which field is set:
+ *   int bool dim enum dtype -> i (dtype HM_NONE when not given);  float -> f;
+ *   ints dims shape         -> n and v (n = 0: not given, which for dims means "all");
+ *   rng                     -> v[0] seed, v[1] offset (filled by core; n = 2) */
+typedef struct hm_attr {
+  union {
+    int64_t i;
+    double f;
+  };
+  int32_t n;
+  int64_t v[HM_MAX_NDIM];
+} hm_attr;
+
+/* One call of one kernel.  Core promises: all tensors on the backend's device; outputs allocated with the shapes of the op's
+ * infer function and never overlapping inputs, except that an elementwise op may write exactly over an input of equal
+ * shape, strides and dtype.  Elementwise: every view has the output's ndim and shape (broadcast dims have stride 0). */
+typedef struct hm_kernel_call {
+  int32_t op;      /* enum hm_op */
+  int32_t compute; /* the dtype to compute in: F32 (for f32, f16, bf16), F64 or I64 (integers and bool) */
+  int32_t n_in, n_out;
+  const hm_attr *attr;
+  void *workspace;
+  size_t workspace_bytes;
+  void *stream; /* backend's own; NULL on the CPU */
+  hm_view in[HM_MAX_IN];
+  hm_view out[HM_MAX_OUT];
+} hm_kernel_call;
+
+/* ====== Multi-tensor work: the scaler's and the optimizers' passes over all parameters at once ====== */
+
+enum { HM_MAX_STATE = 4 };
+
+/* One parameter.  All pointers are dense, in the same element order, numel elements each. */
+typedef struct hm_multi_item {
+  int64_t numel;
+  void *param;               /* master weights (f32 or f64; a half dtype when a model has no masters) */
+  void *grad;                /* gradient as backward left it */
+  void *low;                 /* low-precision copy to refresh, or NULL */
+  void *state[HM_MAX_STATE]; /* SGD: momentum.  AdamW: exp_avg, exp_avg_sq.  NULL where unused.  f32 (f64 for f64) */
+  int16_t param_dtype, grad_dtype, low_dtype, state_dtype;
+  int32_t group; /* index into hm_multi_call.group */
+} hm_multi_item;
+
+/* What pass 1 writes about one parameter.  Counts are of the values as they came (scaled). */
+typedef struct hm_multi_stat {
+  int64_t inf_count, nan_count; /* before unscaling, or made non-finite by unscaling */
+  double sum_sq;                /* of the unscaled finite values, summed in a fixed order */
+  double amax;                  /* largest finite |g|, unscaled; 0 when none */
+} hm_multi_stat;
+
+/* Hyperparameters of one group.  SGD: lr momentum dampening weight_decay nesterov.  AdamW: lr beta1 beta2 eps weight_decay. */
+typedef struct hm_multi_group {
+  double lr, weight_decay;
+  double momentum, dampening;
+  double beta1, beta2, eps;
+  double bias_correction1, bias_correction2; /* 1 - beta^t, computed by core in double */
+  bool nesterov, maximize, decoupled;        /* decoupled: AdamW; else weight decay is added to the gradient (Adam, SGD) */
+  bool first;                                /* SGD: the momentum buffer starts as the gradient */
+} hm_multi_group;
+
+typedef enum hm_multi_op {
+  HM_MULTI_CHECK,   /* pass 1: reads grads, writes stat[] */
+  HM_MULTI_UNSCALE, /* grad *= inv_scale, in place, and stat[] as CHECK would */
+  HM_MULTI_SCALE,   /* grad *= grad_mul (clipping by norm on gradients already unscaled) */
+  HM_MULTI_SGD,     /* pass 2: g = grad * inv_scale * grad_mul; updates param, state, low; writes g back to grad when it differs */
+  HM_MULTI_ADAM     /* pass 2 for Adam and AdamW (PyTorch's formula: eps outside the corrected square root) */
+} hm_multi_op;
+
+typedef struct hm_multi_call {
+  hm_multi_op op;
+  int32_t n;
+  const hm_multi_item *item;
+  const hm_multi_group *group;
+  hm_multi_stat *stat; /* n of them, for CHECK and UNSCALE */
+  double inv_scale;    /* 1/scale in double; multiplied in float32 (rounded once), as PyTorch does */
+  double grad_mul;     /* clipping coefficient, 1 for none */
+  void *stream;
+} hm_multi_call;
+
+/* ====== The backend ====== */
+
+/* X(id, name): families of ops.  `view` and `composite` ops never reach a backend. */
+#define HM_FAMILY_MAP(X)                                                                                               \
+  X(ELEMENTWISE, "elementwise") /* generated from the row's formula */                                                 \
+  X(REDUCE, "reduce")           /* sum, mean, max, argmax ...; attr: dims, keepdim */                                  \
+  X(SCAN, "scan")               /* cumsum, cumprod */                                                                  \
+  X(COPY, "copy")               /* casts, strided and layout copies */                                                 \
+  X(FILL, "fill")               /* constants, ranges, eye */                                                           \
+  X(RANDOM, "random")           /* Philox */                                                                           \
+  X(INDEX, "index")             /* gather, scatter, sort, topk */                                                      \
+  X(MATMUL, "matmul")           /* matmul, linear and their gradients */                                               \
+  X(CONV, "conv")               /* convolution and its gradients */                                                    \
+  X(POOL, "pool")               /* pooling, interpolation */                                                           \
+  X(NORM, "norm")               /* softmax, log_softmax, batch, layer and group norm */                                \
+  X(ATTENTION, "attention")     /* blocked attention */                                                                \
+  X(LOSS, "loss")               /* fused softmax + cross entropy */
+
+typedef enum hm_family {
+#define X(id, name) HM_FAMILY_##id,
+  HM_FAMILY_MAP(X)
+#undef X
+  HM_FAMILY_COUNT,
+  HM_FAMILY_VIEW, /* no kernel: core changes shape and strides */
+  HM_FAMILY_COMPOSITE /* no kernel: core runs other ops */
+} hm_family;
+
+typedef int (*hm_kernel_fn)(const hm_kernel_call *call);
+
+/* A derived layout of one operand that the backend wants to keep (convolution weights in oneDNN's blocked layout).
+ * Core stores it as a shadow of the operand's storage under `key`, and drops it when the operand's version moves on. */
+typedef struct hm_packing {
+  uint64_t key; /* names the layout; 0: the plain view is wanted, nothing to pack */
+  size_t bytes;
+} hm_packing;
+
+typedef struct hm_device_info {
+  char name[128];  /* processor or GPU name */
+  char detail[64]; /* instruction set in use, or compute capability */
+  size_t memory_bytes;
+  int major, minor; /* compute capability; 0 for the CPU */
+} hm_device_info;
+
+/* Services of the host, handed to a backend when it is opened. */
+typedef struct hm_host {
+  uint32_t version;
+  int (*fail)(int code, const char *message); /* keeps the message for this thread and returns code */
+} hm_host;
+
+enum { HM_BACKEND_VERSION = 1 };
+
+typedef struct hm_backend {
+  uint32_t version; /* HM_BACKEND_VERSION of the header it was built with */
+  uint32_t bytes;   /* sizeof(hm_backend) */
+  const char *name; /* "cpu" or "cuda" */
+
+  int (*device_count)(void); /* 0: none; host->fail then knows why, if a setting cannot be obeyed */
+  int (*device_info)(int device, hm_device_info *out);
+
+  /* Raw memory, 64-byte aligned.  Core's caching allocator is the only caller; NULL means out of memory, without a message. */
+  void *(*mem_alloc)(int device, size_t bytes);
+  void (*mem_free)(int device, void *data, size_t bytes);
+  int (*mem_to_host)(void *host, const void *data, size_t bytes, void *stream);
+  int (*mem_from_host)(void *data, const void *host, size_t bytes, void *stream);
+  int (*synchronize)(int device);
+
+  /* Kernels.  NULL: the family is missing; core then names the op and the device. */
+  hm_kernel_fn kernel[HM_FAMILY_COUNT];
+  int (*multi_tensor)(const hm_multi_call *call);
+
+  /* (optional) May this call run?  Core asks only where a row is marked partial.  NULL means yes. */
+  bool (*supports)(const hm_kernel_call *call);
+  /* (optional) Scratch memory that the call needs; pointers in `call` may still be NULL, all else is final. */
+  int (*workspace_size)(const hm_kernel_call *call, size_t *bytes);
+  /* (optional) Which layout operand `arg` should have; sets key 0 for the plain one. */
+  int (*packing)(const hm_kernel_call *call, int arg, hm_packing *out);
+  /* (optional) Makes that layout of call->in[arg] in dst (packing().bytes long). */
+  int (*pack)(const hm_kernel_call *call, int arg, void *dst);
+} hm_backend;
+
+/* The CPU backend; `host` must outlive it.  HALFMOON_ISA and HALFMOON_THREADS are read here, once. Never NULL. */
+const hm_backend *hm_backend_cpu(const hm_host *host);
+
+/* What the CPU backend found and chose, for `halfmoon --version` and hm.cpu.features(). */
+typedef struct hm_cpu_features {
+  const char *isa; /* "baseline", "avx2" or "avx512": what the kernels run with */
+  bool avx2, f16c, avx512, avx512_bf16, amx; /* what the processor has and HALFMOON_ISA allows */
+  bool native_bf16; /* bf16 matrix products by bfloat16 instructions */
+  int threads;
+  int onednn_version[3];
+} hm_cpu_features;
+
+const hm_cpu_features *hm_cpu_get_features(void);
+/* Threads for kernels from now on; n >= 1. */
+int hm_cpu_set_threads(int n);
+
+#endif

@@ -1,0 +1,326 @@
+/*
+ * modes.c -- gradients on or off and autocast, as scopes that belong to a coroutine.
+ *
+ * Each coroutine has a mode of its own (a userdata in a table with weak keys): gradients on, autocast off at first.  A scope is a guard, a
+ * userdata that remembers what it replaced.  The open guards of a coroutine form a stack for each kind (gradients, autocast); a guard that is
+ * closed out of order hands what it remembers to the guard above it, so that any order of closing ends in the right state.  A guard that is
+ * dropped unclosed does the same in its finalizer, and warns if its coroutine still lives.
+ *
+ * The function form runs its function with a guard in a to-be-closed slot: an error or a dead coroutine closes it.
+ */
+#include <string.h>
+
+#include "bind.h"
+
+#define HB_GUARD "halfmoon.Scope"
+
+typedef enum kind { KIND_GRAD, KIND_AUTOCAST, KIND_COUNT } kind;
+
+typedef struct guard guard;
+
+/* First member: what core reads. */
+typedef struct hb_mode {
+  hm_mode mode;
+  guard *top[KIND_COUNT];
+} hb_mode;
+
+struct guard {
+  hb_mode *owner; /* kept alive by user value 1 */
+  kind kind;
+  bool open;
+  hm_mode former;        /* the fields of this kind are restored */
+  guard *below, *above;  /* open guards of the same kind and coroutine; borrowed */
+  char cls[HM_OP_COUNT]; /* classes of ops inside, where they are overridden */
+};
+
+/* ====== A coroutine's mode ====== */
+
+hm_mode *hb_push_mode(lua_State *L, hb_state *st) {
+  hb_push_ref(L, st, HB_REF_MODES);
+  lua_pushthread(L);
+  if (lua_rawget(L, -2) != LUA_TUSERDATA) {
+    lua_pop(L, 1);
+    hb_mode *m = lua_newuserdatauv(L, sizeof *m, 0);
+    *m = (hb_mode){.mode = {.grad = true, .autocast = false, .cache = true, .low = HM_F16, .backward_dtype = HM_NONE, .cls = NULL}};
+    lua_pushthread(L);
+    lua_pushvalue(L, -2);
+    lua_rawset(L, -4);
+  }
+  lua_remove(L, -2);
+  return lua_touserdata(L, -1);
+}
+
+/* ====== Guards ====== */
+
+/* Copies the fields of one kind. */
+static void restore(hm_mode *to, const hm_mode *from, kind k) {
+  if (k == KIND_GRAD) {
+    to->grad = from->grad;
+    return;
+  }
+  to->autocast = from->autocast;
+  to->cache = from->cache;
+  to->low = from->low;
+  to->backward_dtype = from->backward_dtype;
+  to->cls = from->cls;
+}
+
+/* Takes g off its stack and undoes it.  Idempotent, never raises. */
+static void close_guard(guard *g) {
+  if (!g->open) return;
+  g->open = false;
+  hb_mode *m = g->owner;
+  if (g->above) {
+    g->above->below = g->below;
+    restore(&g->above->former, &g->former, g->kind);
+  } else {
+    m->top[g->kind] = g->below;
+    restore(&m->mode, &g->former, g->kind);
+  }
+  if (g->below) g->below->above = g->above;
+}
+
+/* Pushes an open guard on the current coroutine; its mode is still as it was. */
+static guard *push_guard(lua_State *L, hb_state *st, kind k) {
+  luaL_checkstack(L, 8, NULL);
+  guard *g = lua_newuserdatauv(L, sizeof *g, 1);
+  memset(g, 0, sizeof *g);
+  g->kind = k;
+  luaL_setmetatable(L, HB_GUARD);
+  hb_mode *m = (hb_mode *)hb_push_mode(L, st);
+  lua_setiuservalue(L, -2, 1);
+  g->owner = m;
+  g->former = m->mode;
+  g->below = m->top[k];
+  if (g->below) g->below->above = g;
+  m->top[k] = g;
+  g->open = true;
+  return g;
+}
+
+static int l_guard_close(lua_State *L) {
+  close_guard(luaL_checkudata(L, 1, HB_GUARD));
+  return 0;
+}
+
+/* True if the coroutine of this mode is still there. */
+static bool is_alive(lua_State *L, const hb_state *st, const hb_mode *m) {
+  bool alive = false;
+  hb_push_ref(L, st, HB_REF_MODES);
+  lua_pushnil(L);
+  while (lua_next(L, -2)) {
+    alive = alive || lua_touserdata(L, -1) == m;
+    lua_pop(L, 1);
+  }
+  lua_pop(L, 1);
+  return alive;
+}
+
+/* __gc.  Upvalue 1: the state. */
+static int l_guard_gc(lua_State *L) {
+  guard *g = lua_touserdata(L, 1);
+  if (!g->open) return 0;
+  const char *name = g->kind == KIND_GRAD ? "no_grad or enable_grad" : "autocast";
+  close_guard(g);
+  if (is_alive(L, lua_touserdata(L, lua_upvalueindex(1)), g->owner)) {
+    lua_warning(L, "halfmoon: a scope of ", 1);
+    lua_warning(L, name, 1);
+    lua_warning(L, " was dropped without being closed\n  hint: local _ <close> = ..., or give it a function", 0);
+  }
+  return 0;
+}
+
+static int l_guard_tostring(lua_State *L) {
+  const guard *g = luaL_checkudata(L, 1, HB_GUARD);
+  lua_pushfstring(L, "%s scope (%s)", g->kind == KIND_GRAD ? "gradient" : "autocast", g->open ? "open" : "closed");
+  return 1;
+}
+
+/* ====== Entering ====== */
+
+static int finish(lua_State *L, int status, lua_KContext base) {
+  (void)status;
+  return lua_gettop(L) - (int)base;
+}
+
+/* With the guard on top and a function at fn: runs it inside and returns its results; without one, returns the guard. */
+static int enter(lua_State *L, int fn) {
+  if (lua_gettop(L) <= fn || lua_isnil(L, fn)) {
+    lua_settop(L, lua_gettop(L)); /* the guard is the result */
+    return 1;
+  }
+  lua_insert(L, fn);
+  lua_toclose(L, fn);
+  lua_callk(L, lua_gettop(L) - fn - 1, LUA_MULTRET, fn, finish);
+  return finish(L, LUA_OK, fn);
+}
+
+static int grad_scope(lua_State *L, bool on) {
+  hb_state *st = hb_enter(L);
+  guard *g = push_guard(L, st, KIND_GRAD);
+  g->owner->mode.grad = on;
+  return enter(L, 1);
+}
+
+/* no_grad([fn, ...]), enable_grad([fn, ...]) */
+static int l_no_grad(lua_State *L) { return grad_scope(L, false); }
+static int l_enable_grad(lua_State *L) { return grad_scope(L, true); }
+
+/* ====== autocast ====== */
+
+typedef struct region {
+  bool enabled, cache;
+  int dtype, backward;
+} region;
+
+static void check_region(lua_State *L, const region *r) {
+  if (r->dtype != HM_F16 && r->dtype != HM_BF16)
+    hb_error(L, "autocast: dtype must be float16 or bfloat16, got %s\n  hint: {enabled = false} for a run in float32", hm_dtype_name(r->dtype));
+  if (r->backward != HM_NONE && r->backward != HM_F32)
+    hb_error(L, "autocast: backward must be \"float32\" or nothing, got %s", hm_dtype_name(r->backward));
+}
+
+/* The letter of a class name at the top of the stack. */
+static char read_class(lua_State *L) {
+  static const char *const names[] = {"low", "f32", "promote", "follow", "float32", NULL};
+  const char *name = hb_string(L, -1, "autocast", "a class in ops");
+  for (int i = 0; names[i]; i++)
+    if (strcmp(name, names[i]) == 0) return "LFPTF"[i];
+  hb_error(L, "autocast: unknown class \"%s\"%s", name, hb_push_suggestion(L, name, names));
+  return 0;
+}
+
+static int unknown_op(lua_State *L, const char *name) {
+  const char *names[HM_OP_COUNT + 1];
+  int n = 0;
+  for (int op = 0; op < HM_OP_COUNT; op++)
+    if (!hm_op_get(op)->generated) names[n++] = hm_op_get(op)->name;
+  names[n] = NULL;
+  const char *best = hb_closest(name, names);
+  return hb_error(L, "autocast: there is no op \"%s\"%s%s", name, best ? "; did you mean " : "", best ? best : "");
+}
+
+/* Reads {op = class, ...} at idx into letters; true if there is any. */
+static bool read_classes(lua_State *L, int idx, char *cls) {
+  bool any = false;
+  if (lua_type(L, idx) != LUA_TTABLE) hb_error(L, "autocast: ops must be a table like {exp = \"low\"}, got %s", hb_came(L, idx));
+  lua_pushnil(L);
+  while (lua_next(L, idx)) {
+    const char *name = hb_string(L, -2, "autocast", "a key of ops");
+    const int op = hm_op_find(name);
+    if (op < 0) unknown_op(L, name);
+    cls[op] = read_class(L);
+    any = true;
+    lua_pop(L, 1);
+  }
+  return any;
+}
+
+/* Reads the options table at idx; letters go to cls. Returns true if ops are overridden. */
+static bool read_region(lua_State *L, int idx, region *r, char *cls) {
+  bool any = false;
+  hb_options(L, idx, "autocast",
+             (const hb_option[]){{"dtype", HB_DTYPE, &r->dtype},
+                                 {"enabled", HB_BOOL, &r->enabled},
+                                 {"cache_enabled", HB_BOOL, &r->cache},
+                                 {"backward", HB_DTYPE, &r->backward},
+                                 {"ops", HB_ANY, NULL},
+                                 {0}});
+  if (lua_getfield(L, idx, "ops") != LUA_TNIL) any = read_classes(L, lua_gettop(L), cls);
+  lua_pop(L, 1);
+  return any;
+}
+
+/* autocast([dtype | options][, fn, ...]) */
+static int l_autocast(lua_State *L) {
+  hb_state *st = hb_enter(L);
+  const hm_mode *now = hm_mode_current();
+  region r = {true, now->cache, HM_F16, HM_NONE};
+  char cls[HM_OP_COUNT] = {0};
+  bool override = now->cls != NULL;
+  if (override) memcpy(cls, now->cls, sizeof cls); /* inherited, and kept even if the outer guard goes first */
+  int fn = 2;
+  if (lua_type(L, 1) == LUA_TSTRING) r.dtype = hb_dtype(L, 1, "autocast");
+  else if (lua_type(L, 1) == LUA_TTABLE && luaL_getmetafield(L, 1, "__call") == LUA_TNIL) override |= read_region(L, 1, &r, cls);
+  else if (lua_isnoneornil(L, 1)) fn = 2;
+  else if (lua_type(L, 1) == LUA_TNUMBER || lua_type(L, 1) == LUA_TBOOLEAN)
+    return hb_error(L, "autocast: argument 1 must be a dtype, a table of options or a function, got %s", hb_came(L, 1));
+  else fn = 1;
+  check_region(L, &r);
+  if (fn == 1 && lua_type(L, 1) == LUA_TTABLE) lua_pop(L, 1); /* the metafield */
+  guard *g = push_guard(L, st, KIND_AUTOCAST);
+  memcpy(g->cls, cls, sizeof cls);
+  hm_mode *m = &g->owner->mode;
+  m->autocast = r.enabled;
+  m->cache = r.cache;
+  m->low = (int8_t)r.dtype;
+  m->backward_dtype = (int8_t)r.backward;
+  m->cls = override ? g->cls : NULL;
+  return enter(L, fn);
+}
+
+/* ====== Asking ====== */
+
+static int l_is_grad_enabled(lua_State *L) {
+  hb_enter(L);
+  lua_pushboolean(L, hm_mode_current()->grad);
+  return 1;
+}
+
+/* autocast_state() -> {enabled, dtype, cache_enabled, backward} */
+static int l_autocast_state(lua_State *L) {
+  hb_enter(L);
+  const hm_mode *m = hm_mode_current();
+  lua_createtable(L, 0, 4);
+  lua_pushboolean(L, m->autocast);
+  lua_setfield(L, -2, "enabled");
+  lua_pushstring(L, hm_dtype_name(m->low));
+  lua_setfield(L, -2, "dtype");
+  lua_pushboolean(L, m->cache);
+  lua_setfield(L, -2, "cache_enabled");
+  if (m->backward_dtype != HM_NONE) {
+    lua_pushstring(L, hm_dtype_name(m->backward_dtype));
+    lua_setfield(L, -2, "backward");
+  }
+  return 1;
+}
+
+/* cast_stats() -> {hits, misses, casts, bytes} */
+static int l_cast_stats(lua_State *L) {
+  hm_cast_stats s;
+  hm_cast_get_stats(&s);
+  lua_createtable(L, 0, 4);
+  lua_pushinteger(L, s.hits);
+  lua_setfield(L, -2, "hits");
+  lua_pushinteger(L, s.misses);
+  lua_setfield(L, -2, "misses");
+  lua_pushinteger(L, s.casts);
+  lua_setfield(L, -2, "casts");
+  lua_pushinteger(L, s.bytes);
+  lua_setfield(L, -2, "bytes");
+  return 1;
+}
+
+void hb_open_modes(lua_State *L, hb_state *st) {
+  static const luaL_Reg functions[] = {{"no_grad", l_no_grad},
+                                       {"enable_grad", l_enable_grad},
+                                       {"autocast", l_autocast},
+                                       {"is_grad_enabled", l_is_grad_enabled},
+                                       {"autocast_state", l_autocast_state},
+                                       {"cast_stats", l_cast_stats},
+                                       {NULL, NULL}};
+  luaL_newmetatable(L, HB_GUARD);
+  lua_pushlightuserdata(L, st);
+  lua_pushcclosure(L, l_guard_gc, 1);
+  lua_setfield(L, -2, "__gc");
+  lua_pushcfunction(L, l_guard_close);
+  lua_setfield(L, -2, "__close");
+  lua_pushcfunction(L, l_guard_tostring);
+  lua_setfield(L, -2, "__tostring");
+  lua_createtable(L, 0, 1);
+  lua_pushcfunction(L, l_guard_close);
+  lua_setfield(L, -2, "close");
+  lua_setfield(L, -2, "__index");
+  lua_pop(L, 1);
+  hb_functions(L, functions);
+}

@@ -1,0 +1,49 @@
+--- init.lua -- what require "halfmoon" returns: tensors and functions from the C module, and nn, optim, amp, data,
+--- autograd, cpu.
+--
+--     local hm = require "halfmoon"
+--     local x = hm.randn({2, 3}, {dtype = "f16"})
+--
+-- Requiring it changes no global.  The submodules are loaded when they are first used.
+
+local core = require "halfmoon.core"
+local checkpoint = require "halfmoon.checkpoint"
+require "halfmoon.print"         -- sets how tensors print
+require "halfmoon.nn.functional" -- gives tensors max_pool2d, cross_entropy, ...
+
+local hm = {}
+
+-- Parts of the C module that belong to the library's own files and stay out of `hm`.
+local private = {}
+for name in ([[
+  ops call op_log grad record_custom get_name set_name set_path_provider
+  optim_new grad_norm grad_scale scaler_new sandbox autocast autocast_state cast_stats
+  safetensors_save safetensors_load idx loader_new
+  now isatty mtime term_width exists
+  features devices lua_release memory_stats reset_peak trim collect_stats alloc_fail_at
+]]):gmatch("%S+") do
+  private[name] = true
+end
+for name, value in pairs(core) do
+  if not private[name] then hm[name] = value end
+end
+
+--- The version, as text.
+hm.version = core.version
+--- hm.save(path, obj): a state dict, a module, or nested tables, as a safetensors file -> true | nil, message, code
+hm.save = checkpoint.save
+--- hm.load(path [, {device =}]) -> what was saved, metadata | nil, message, code
+hm.load = checkpoint.load
+
+local submodules = {nn = true, optim = true, amp = true, data = true, autograd = true, cpu = true}
+
+return setmetatable(hm, {
+  __index = function(self, name)
+    if not submodules[name] then return nil end
+    local module = require("halfmoon." .. name)
+    rawset(self, name, module)
+    return module
+  end,
+  __name = "halfmoon",
+  __lazy = submodules, -- for completion and help
+})

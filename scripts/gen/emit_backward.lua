@@ -1,0 +1,170 @@
+-- emit_backward.lua -- backward.c: each row's gradient expressions as op calls.
+--
+-- A function gets the gradients of the outputs and sets those of the inputs that are wanted.  The outermost call of an expression writes the
+-- dtype that the input's edge wants, so nothing is rounded twice; shapes are fitted by the engine.
+
+local expr = require "expr"
+local rows = require "rows"
+local attrs = require "attrs"
+
+local INFIX = {["+"] = "add", ["-"] = "sub", ["*"] = "mul", ["/"] = "div"}
+
+local function find(list, name)
+  for i, item in ipairs(list) do if item.name == name then return i end end
+end
+
+local function fail(op, message) error(("kernels/ops.def: %s: gradient: %s"):format(op.signature, message), 0) end
+
+--- Names of saved inputs and outputs: everything an expression uses as a value (not only inside shape(), size(), reduced_count()).
+local function saved_names(e, set)
+  if e[1] == "id" then set[e[2]] = true
+  elseif e[1] == "bin" then saved_names(e[3], set) saved_names(e[4], set)
+  elseif e[1] == "neg" then saved_names(e[2], set)
+  elseif e[1] == "call" and e[2] ~= "shape" and e[2] ~= "size" and e[2] ~= "reduced_count" then
+    for _, a in ipairs(e[3]) do saved_names(a, set) end
+  end
+  return set
+end
+
+local Emitter = {}
+Emitter.__index = Emitter
+
+function Emitter:line(text, ...) table.insert(self.code, "    " .. text:format(...) .. "\n") end
+
+-- An attribute argument of a called op, as a C expression of type hm_attr.
+function Emitter:attribute(e, want)
+  local op = self.op
+  if e[1] == "num" then
+    if want.type == "float" then return ("(hm_attr){.f = %s}"):format(e[2]) end
+    if attrs.is_list(want.type) then return ("(hm_attr){.n = 1, .v = {%s}}"):format(e[2]) end
+    return ("(hm_attr){.i = %s}"):format(e[2])
+  end
+  if e[1] == "neg" and e[2][1] == "num" then return ("(hm_attr){.i = -%s}"):format(e[2][2]) end
+  if e[1] == "id" then
+    local i = find(op.attrs, e[2])
+    if not i then fail(op, "no attribute " .. e[2]) end
+    local from = op.attrs[i].type
+    if attrs.is_list(want.type) and not attrs.is_list(from) then return ("(hm_attr){.n = 1, .v = {n->attr[%d].i}}"):format(i - 1) end
+    return ("n->attr[%d]"):format(i - 1)
+  end
+  local name = ("x%d"):format(self.count)
+  self.count = self.count + 1
+  if e[1] == "call" and e[2] == "shape" then
+    self:line("hm_attr %s = {.n = 0};", name)
+    self:line("hm__edge_shape(n, %d, &%s);", find(op.inputs, e[3][1][2]) - 1, name)
+  elseif e[1] == "call" and e[2] == "inverse" then
+    self:line("hm_attr %s = {.n = 0};", name)
+    self:line("hm__inverse_dims(&n->attr[%d], &%s);", find(op.attrs, e[3][1][2]) - 1, name)
+  elseif e[1] == "call" and e[2] == "size" then
+    self:line("hm_attr %s = {.i = hm__edge_size(n, %d, n->attr[%d].i)};", name, find(op.inputs, e[3][1][2]) - 1, find(op.attrs, e[3][2][2]) - 1)
+  else
+    fail(op, "cannot use this as attribute " .. want.name)
+  end
+  return name
+end
+
+-- An op call; target: C lvalue of type hm_tensor*, or nil for a temporary.  Returns a C expression of type hm_arg.
+function Emitter:call(name, args, target, dtype)
+  local callee = self.ops.by_name[name]
+  if not callee then fail(self.op, "no op " .. name) end
+  if #callee.outputs > 1 then fail(self.op, name .. " has several outputs") end
+  local ins, ats = {}, {}
+  for i, input in ipairs(callee.inputs) do
+    if args[i] then ins[i] = self:value(args[i])
+    elseif input.optional then ins[i] = "(hm_arg){HM_ARG_NONE, {.t = NULL}}"
+    else fail(self.op, name .. " lacks input " .. input.name) end
+  end
+  for i, a in ipairs(callee.attrs) do
+    local given = args[#callee.inputs + i]
+    ats[i] = given and self:attribute(given, a) or "(hm_attr)" .. attrs.default(a)
+  end
+  local slot = target
+  if not slot then
+    slot = ("t[%d]"):format(self.temps)
+    self.temps = self.temps + 1
+  end
+  self:line("status = hm_call_as(HM_OP_%s, (const hm_arg[]){%s}, %s, %s, &%s);", name:upper(), table.concat(ins, ", "),
+    #ats > 0 and ("(const hm_attr[]){%s}"):format(table.concat(ats, ", ")) or "NULL", dtype or "HM_NONE", slot)
+  self:line("if (status) goto done;")
+  return ("hm_t(%s)"):format(slot)
+end
+
+-- A value as a C expression of type hm_arg.
+function Emitter:value(e, target, dtype)
+  local op = self.op
+  if e[1] == "num" then return ("hm_f(%s)"):format(e[2]) end
+  if e[1] == "bin" then return self:call(INFIX[e[2]], {e[3], e[4]}, target, dtype) end
+  if e[1] == "neg" then return self:call("neg", {e[2]}, target, dtype) end
+  if e[1] == "call" then
+    if e[2] == "reduced_count" then
+      local i, k = find(op.inputs, e[3][1][2]), find(op.attrs, e[3][2][2])
+      return ("hm_f(hm__reduced_count(n, %d, &n->attr[%d]))"):format(i - 1, k - 1)
+    end
+    return self:call(e[2], e[3], target, dtype)
+  end
+  local name = e[2]
+  if name == "none" then return "(hm_arg){HM_ARG_NONE, {.t = NULL}}" end
+  for k = 1, #op.outputs do
+    if name == rows.upstream(op, k) then return ("hm_t(grad[%d])"):format(k - 1) end
+  end
+  local i, what = find(op.inputs, name), "in"
+  if not i then i, what = find(op.outputs, name), "out" end
+  if not i then fail(op, "unknown name " .. name) end
+  local var = ("s_%s"):format(name)
+  if not self.loaded[var] then
+    self.loaded[var] = true
+    self:line("const hm_arg %s = hm__saved_%s(n, %d, &status);", var, what, i - 1)
+    self:line("if (status) goto done;")
+  end
+  return var
+end
+
+local function emit(ops, op)
+  local order = {}
+  for i in pairs(op.grad) do order[#order + 1] = i end
+  table.sort(order)
+  local em = setmetatable({ops = ops, op = op, code = {}, temps = 0, count = 0}, Emitter)
+  for _, i in ipairs(order) do
+    local e = op.grad[i]
+    table.insert(em.code, ("  if (hm__wants(n, %d)) { /* by %s */\n"):format(i - 1, op.inputs[i].name))
+    em.loaded = {}
+    local slot = ("grad_in[%d]"):format(i - 1)
+    if e[1] == "id" then
+      em:line("grad_in[%d] = hm_tensor_retain(%s.t);", i - 1, em:value(e))
+    else
+      em:value(e, slot, ("hm__edge_dtype(n, %d)"):format(i - 1))
+    end
+    table.insert(em.code, "  }\n")
+  end
+  local t = {("/* %s */\nint hm__backward_%s(hm_node *n, hm_tensor *const *grad, hm_tensor **grad_in) {\n"):format(op.signature, op.name)}
+  t[#t + 1] = "  int status = HM_OK;\n"
+  if em.temps > 0 then t[#t + 1] = ("  hm_tensor *t[%d] = {NULL};\n"):format(em.temps) end
+  t[#t + 1] = "  if (!grad[0]) return HM_OK;\n"
+  local code = table.concat(em.code)
+  t[#t + 1] = code
+  if code:find("goto done", 1, true) then t[#t + 1] = "done:\n" end
+  if em.temps > 0 then t[#t + 1] = ("  for (int i = 0; i < %d; i++) hm_tensor_release(t[i]);\n"):format(em.temps) end
+  t[#t + 1] = "  return status;\n}\n\n"
+  return table.concat(t)
+end
+
+return function(ops)
+  local c, h = {'#include <math.h>\n\n#include "backward.h"\n\n'}, {'#include "graph.h"\n\n'}
+  for _, op in ipairs(ops) do
+    if next(op.grad) then
+      op.need_in, op.need_out, op.diff_in = {}, {}, 0
+      for by, e in pairs(op.grad) do
+        local set, mask_in, mask_out = saved_names(e, {}), 0, 0
+        for i, input in ipairs(op.inputs) do if set[input.name] then mask_in = mask_in | 1 << (i - 1) end end
+        for i, output in ipairs(op.outputs) do
+          if set[output.name] and not find(op.inputs, output.name) then mask_out = mask_out | 1 << (i - 1) end
+        end
+        op.need_in[by], op.need_out[by] = mask_in, mask_out
+      end
+      for i in pairs(op.grad) do op.diff_in = op.diff_in | 1 << (i - 1) end
+      c[#c + 1] = emit(ops, op)
+      h[#h + 1] = ("int hm__backward_%s(hm_node *n, hm_tensor *const *grad, hm_tensor **grad_in);\n"):format(op.name)
+    end
+  end
+  return {["backward.c"] = table.concat(c), ["backward.h"] = table.concat(h)}
+end

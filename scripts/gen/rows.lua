@@ -1,0 +1,202 @@
+-- rows.lua -- reads kernels/ops.def: parses signatures, makes the rows that derivative formulas stand for.
+--
+-- A row afterwards: name, signature, doc, family, infer, ints, lua, meta, ulp, domain, partial, generated,
+--   inputs  {{name, cls, optional, mutated}}      outputs {{name, cls, same}}      attrs {{name, type, optional, default, choices}}
+--   f, fi   formula trees (elementwise)           grad    {[input index] = op expression tree}
+
+local expr = require "expr"
+
+local M = {}
+
+local CLASSES = {L = true, F = true, P = true, T = true, t = true, i = true, b = true}
+local ATTR_TYPES = {int = true, ints = true, float = true, bool = true, dtype = true, shape = true, dim = true, dims = true, rng = true}
+local FIELDS = {family = 1, f = 1, fi = 1, ints = 1, d = 1, grad = 1, ulp = 1, lua = 1, meta = 1, domain = 1, doc = 1, partial = 1, infer = 1}
+
+local function fail(row, message) error("kernels/ops.def: " .. row.signature .. ": " .. message, 0) end
+
+local function split(text)
+  local list = {}
+  for part in text:gmatch("[^,]+") do list[#list + 1] = part:match("^%s*(.-)%s*$") end
+  return list
+end
+
+local function parse_argument(row, text)
+  local word, rest = text:match("^(%S+)%s+(.+)$")
+  if not word then fail(row, "cannot read argument '" .. text .. "'") end
+  if CLASSES[word] then
+    local name, marks = rest:match("^([%a_][%w_]*)([?!]*)$")
+    if not name then fail(row, "cannot read input '" .. text .. "'") end
+    table.insert(row.inputs, {name = name, cls = word, optional = marks:find("?", 1, true) ~= nil, mutated = marks:find("!", 1, true) ~= nil})
+    return
+  end
+  local choices = word:match("^enum%((.*)%)$")
+  if not choices and not ATTR_TYPES[word] then fail(row, "unknown class or type '" .. word .. "'") end
+  local name, mark, default = rest:match("^([%a_][%w_]*)(%??)=?(.*)$")
+  local attr = {name = name, type = choices and "enum" or word, optional = mark == "?", default = default ~= "" and default or nil}
+  if choices then
+    attr.choices = {}
+    for c in choices:gmatch("[^|]+") do table.insert(attr.choices, c) end
+  end
+  table.insert(row.attrs, attr)
+end
+
+local function parse_output(row, text, index)
+  local cls, name = text:match("^(%S+)%s+([%a_][%w_]*)$")
+  cls = cls or text
+  for i, input in ipairs(row.inputs) do
+    if input.name == cls and input.mutated then
+      table.insert(row.outputs, {name = name or cls, cls = "=", same = i - 1})
+      return
+    end
+  end
+  if not cls:match("^[LFPTtfiub*]$") then fail(row, "unknown output '" .. text .. "'") end
+  local taken
+  for _, input in ipairs(row.inputs) do taken = taken or input.name == "out" end
+  local default = taken and "result" or "out"
+  table.insert(row.outputs, {name = name or (index == 1 and default or default .. index), cls = cls, same = -1})
+end
+
+local function parse_signature(row)
+  local name, args, outs = row.signature:match("^([%a_][%w_]*)%((.-)%)%s*%->%s*(.+)$")
+  -- enum(a|b) holds parentheses: take the last ") ->"
+  local head, tail = row.signature:match("^(.*)%)%s*%->%s*(.+)$")
+  if not name or not head then fail(row, "not a signature") end
+  args, outs = head:match("^[%a_][%w_]*%((.*)$"), tail
+  row.name, row.inputs, row.attrs, row.outputs = name, {}, {}, {}
+  for _, text in ipairs(split(args)) do parse_argument(row, text) end
+  for i, text in ipairs(split(outs)) do parse_output(row, text, i) end
+end
+
+--- The name of the gradient of output k in the row's own expressions.
+function M.upstream(row, k)
+  for _, input in ipairs(row.inputs) do
+    if input.name == "g" then return k == 1 and "grad" or "grad" .. k end
+  end
+  return k == 1 and "g" or "g" .. k
+end
+
+local function input_index(row, name)
+  for i, input in ipairs(row.inputs) do if input.name == name then return i end end
+end
+
+-- ====== Rows made from derivative formulas ======
+
+local function elementwise_row(name, inputs, attrs, formula, doc, ulp, domain)
+  local texts = {}
+  for i, n in ipairs(inputs) do texts[i] = "T " .. n end
+  for _, a in ipairs(attrs) do
+    local shown = a.type .. " " .. a.name .. (a.default and "=" .. a.default or "")
+    table.insert(texts, shown)
+  end
+  local row = {signature = ("%s(%s) -> T"):format(name, table.concat(texts, ", ")), family = "elementwise", infer = "elementwise", ints = "no",
+    lua = "no", ulp = ulp, doc = doc, generated = true, f = formula, grad = {}, domain = domain}
+  parse_signature(row)
+  return row
+end
+
+-- The inputs a formula uses, `first` in front, the others in the given order; and whether it uses attributes.
+local function used_inputs(formula, first, candidates, attrs)
+  local names, list = expr.names(formula), {first}
+  for _, c in ipairs(candidates) do if names[c] and c ~= first then list[#list + 1] = c end end
+  local used = {}
+  for _, a in ipairs(attrs) do if names[a.name] then used = attrs end end
+  return list, used
+end
+
+local function call_text(name, inputs, attrs)
+  local args = {}
+  for _, n in ipairs(inputs) do args[#args + 1] = n end
+  for _, a in ipairs(attrs) do args[#args + 1] = a.name end
+  return expr.parse(("%s(%s)"):format(name, table.concat(args, ", ")))
+end
+
+-- Second derivatives: d (backward formula) / d v, times the new gradient `gg`, for each input v of the backward row.
+local function second_rows(row, add)
+  local names = {}
+  for i, input in ipairs(row.inputs) do names[i] = input.name end
+  for i, v in ipairs(names) do
+    local d = expr.diff(row.f, v)
+    if d and not expr.is_zero(d) then
+      local formula = expr.mul({"id", "gg"}, d)
+      local inputs, attrs = used_inputs(formula, "gg", names, row.attrs)
+      local name = row.name .. "_by_" .. v
+      add(elementwise_row(name, inputs, attrs, formula, ("Second derivative: %s by %s."):format(row.name, v), row.ulp * 4, row.domain))
+      inputs[1] = "grad"
+      row.grad[i] = call_text(name, inputs, attrs)
+    end
+  end
+end
+
+local function derivative_rows(row, add)
+  if not row.d then return end
+  local count, candidates = 0, {}
+  for _ in pairs(row.d) do count = count + 1 end
+  for _, input in ipairs(row.inputs) do candidates[#candidates + 1] = input.name end
+  candidates[#candidates + 1] = "out"
+  for i, input in ipairs(row.inputs) do
+    local text = row.d[input.name]
+    if text then
+      local formula = expr.parse(text)
+      local name = row.name .. "_backward" .. (count > 1 and "_" .. input.name or "")
+      local inputs, attrs = used_inputs(formula, "g", candidates, row.attrs)
+      local back = elementwise_row(name, inputs, attrs, formula, ("Gradient of %s by %s."):format(row.name, input.name), row.ulp * 4 + 4, row.domain)
+      add(back)
+      row.grad[i] = call_text(name, inputs, attrs)
+      second_rows(back, add)
+    end
+  end
+end
+
+-- ====== Loading ======
+
+local function check(row)
+  for key in pairs(row.raw) do
+    if type(key) == "string" and not FIELDS[key] then fail(row, "unknown field '" .. key .. "'") end
+  end
+  if not row.doc then fail(row, "no doc line") end
+  if row.family == "elementwise" and not row.f then fail(row, "no formula") end
+  if #row.inputs > 8 or #row.outputs > 4 or #row.attrs > 8 then fail(row, "too many inputs, outputs or attributes") end
+end
+
+--- Reads the table.  Returns the rows in order; rows made from formulas follow the row they came from.
+function M.load(path)
+  local ops, by_name = {}, {}
+
+  local function add(row)
+    if by_name[row.name] then fail(row, "declared twice") end
+    by_name[row.name] = row
+    ops[#ops + 1] = row
+    row.id = #ops - 1
+  end
+
+  local function declare(raw, family)
+    local row = {raw = raw, signature = raw[1], family = raw.family or family, ints = raw.ints or (family == "view" and "keep" or "float"),
+      lua = raw.lua or "both", meta = raw.meta, ulp = raw.ulp or 0, domain = raw.domain or "real", doc = raw.doc,
+      partial = raw.partial, infer = raw.infer or raw.family or family, d = raw.d, grad = {}, generated = false}
+    parse_signature(row)
+    row.f = raw.f and expr.parse(raw.f)
+    row.fi = raw.fi and expr.parse(raw.fi) or row.f
+    check(row)
+    add(row)
+    for name, text in pairs(raw.grad or {}) do
+      local i = input_index(row, name)
+      if not i then fail(row, "derivative by unknown input '" .. name .. "'") end
+      row.grad[i] = expr.parse(text)
+    end
+    for name in pairs(raw.d or {}) do
+      if not input_index(row, name) then fail(row, "derivative by unknown input '" .. name .. "'") end
+    end
+    derivative_rows(row, add)
+  end
+
+  local env = {
+    op = function(raw) declare(raw, nil) end,
+    elementwise = function(raw) declare(raw, "elementwise") end,
+    view = function(raw) declare(raw, "view") end,
+  }
+  assert(loadfile(path, "t", env))()
+  ops.by_name = by_name
+  return ops
+end
+
+return M
