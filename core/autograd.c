@@ -277,7 +277,7 @@ static int accumulate(hm_tensor *leaf, hm_tensor **g) {
     leaf->grad = total;
     return HM_OK;
   }
-  if (current->create_graph || is_ours(*g)) {
+  if (is_ours(*g) || (current->create_graph && atomic_load(&(*g)->refs) == 1)) {
     leaf->grad = *g;
     *g = NULL;
     return HM_OK;

@@ -20,8 +20,8 @@
  * update() was called after it.
  *
  * The scale of gradients.  Gradients are unscaled by the scale that the last scale() used, even if set_scale() came in
- * between; without a scale() call since the last update() that had a check, by the current scale (for loops that multiply
- * by get_scale() themselves).
+ * between; without a scale() call since the last update() that had a check, by the current scale (for loops that
+ * multiply by get_scale() themselves).
  *
  * The scale itself stays within [min_scale, max_scale], and always within [2^-126, 2^127], where it and its reciprocal
  * are float32 numbers.

@@ -9,18 +9,10 @@ local cli = require "halfmoon.train.cli"
 local folder = arg[0]:match("^(.*[/\\])") or ""
 local cnn = assert(loadfile(folder .. "fashion_cnn.lua"))()
 
-local opt = cli.parse("demo.lua: the same network in three dtypes", {
-  {"dtype", "all", "what to compute in: f32, bf16, f16, or all"},
-  {"epochs", 2, "passes over the training images"},
-  {"batch", 128, "images per step"},
-  {"lr", 2e-3, "highest learning rate of AdamW"},
-  {"policy", "dynamic", "loss-scale policy for f16"},
-  {"growth-interval", 200, "clean steps before the dynamic policy doubles the scale"},
-  {"seed", 1, "seed of weights and order"},
-  {"save", "build/fashion_cnn.safetensors", "where to save the trained weights"},
-  {"data", "", "folder of the Fashion-MNIST files"},
-  {"limit", 0, "use the first N images only (0: all)"},
-}, arg)
+-- The options of the script, with other defaults.
+local defaults = {dtype = "all", epochs = 3, save = "build/fashion_cnn.safetensors"}
+for _, row in ipairs(cnn.options) do row[2] = defaults[row[1]] or row[2] end
+local opt = cli.parse("demo.lua: the same network in three dtypes", cnn.options, arg)
 local results = cnn.main(opt)
 
 -- ====== What the three runs have to show ======
@@ -43,6 +35,6 @@ print([[
 
 Next:
   examples/fashion_cnn.lua             the script that ran: one page, from the network to the table
-  examples/policies/cautious.lua       a loss-scale policy to copy and change; --policy takes it, also while it runs
+  examples/policies/cautious.lua       a loss-scale policy to copy and change: --policy examples/policies/cautious.lua
   build/halfmoon                       a prompt; try: require("halfmoon").load("]] .. (results[1].path or "") .. [[")]])
 if not good and opt.limit == 0 then os.exit(1, true) end

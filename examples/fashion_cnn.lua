@@ -83,6 +83,16 @@ end
 
 local LOW = {f32 = false, bf16 = "bfloat16", f16 = "float16"} -- what autocast computes in
 
+-- "f32,f16" -> {"f32", "f16"}; a second result says what is wrong with it.
+local function dtypes_of(text)
+  local list = {}
+  for name in (text == "all" and "f32,bf16,f16" or text):gmatch("[^,%s]+") do
+    if LOW[name] == nil then return nil, ("must be f32, bf16, f16 or all, not '%s'"):format(name) end
+    list[#list + 1] = name
+  end
+  return list
+end
+
 local function loader_of(dataset, opt, train)
   if opt.limit > 0 then dataset = dataset:slice(1, math.min(opt.limit, #dataset)) end
   return data.DataLoader {
@@ -148,9 +158,10 @@ end
 -- ====== The command line ======
 
 local OPTIONS = {
-  {"dtype", "f32", "what to compute in: f32, bf16, f16, several of them (f32,f16), or all"},
-  {"epochs", 3, "passes over the training images"},
-  {"batch", 128, "images per step"},
+  {"dtype", "f32", "what to compute in: f32, bf16, f16, several of them (f32,f16), or all",
+    function(text) return select(2, dtypes_of(text)) end},
+  {"epochs", 3, "passes over the training images", function(n) if n < 1 then return "must be at least 1" end end},
+  {"batch", 128, "images per step", function(n) if n < 1 then return "must be at least 1" end end},
   {"lr", 2e-3, "highest learning rate of AdamW"},
   {"policy", "dynamic", "loss-scale policy for f16: a name or a file, e.g. examples/policies/cautious.lua"},
   {"growth-interval", 200, "clean steps before the dynamic policy doubles the scale"},
@@ -164,11 +175,7 @@ local OPTIONS = {
 local function main(opt)
   local root = opt.data ~= "" and opt.data or nil
   local sets = {train = data.fashion_mnist {root = root}, test = data.fashion_mnist {root = root, train = false}}
-  local dtypes = {}
-  for name in (opt.dtype == "all" and "f32,bf16,f16" or opt.dtype):gmatch("[^,%s]+") do
-    if LOW[name] == nil then error(("--dtype: '%s' is not one of f32, bf16, f16, all"):format(name), 0) end
-    dtypes[#dtypes + 1] = name
-  end
+  local dtypes = dtypes_of(opt.dtype)
   local features = hm.cpu.features()
   print(("Fashion-MNIST: %d training and %d test images, batch %d, %d epochs; %s, %d threads"):format(
     #sets.train, #sets.test, opt.batch, opt.epochs, features.isa, features.threads))

@@ -1,12 +1,14 @@
 /*
  * conv.c -- family conv: conv2d and its gradients by input and by weight.
  *
- * x, out and their gradients are channels-last in memory, the weight is plain row-major [O, C/groups, kH, kW] or comes packed in oneDNN's
- * layout.  A call takes one of three ways, chosen from dtypes and shapes alone:
+ * x, out and their gradients are channels-last in memory, the weight is plain row-major [O, C/groups, kH, kW] or comes
+ * packed in oneDNN's layout.  A call takes one of three ways, chosen from dtypes and shapes alone:
  *   F64     plain loops in double; also the reference that the others are tested against
  *   DIRECT  one oneDNN primitive on the operands as they lie (f32; bf16 where the processor multiplies it)
- *   CHUNKS  images in chunks: converted to float32, the float32 primitive, the result rounded once; weight gradients of the chunks
- *           are added in float32 in order
+ *   CHUNKS  images in chunks: converted to float32, the float32 primitive, the result rounded once; weight gradients of
+ *           the chunks are added in float32 in order
+ * In a weight gradient a NaN or infinity may also meet the zeros of the padding: more elements become NaN than in exact
+ * arithmetic, never fewer.
  * Memory comes from call->workspace; hm_cpu_conv_workspace() makes the same plan and tells its size.
  */
 #include <string.h>

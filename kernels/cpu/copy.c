@@ -18,7 +18,8 @@
 
 enum {
   TILE = 512,     /* elements of a piece that passes through buffers */
-  BLOCK = 64,     /* side of a block that is turned; half of it for 8-byte elements */
+  BLOCK_BYTES = 128, /* a row of a block that is turned: input, block and output lie in L1 together */
+  BLOCK = 64,     /* side of a block at most */
   SHORTEST_TURN = 8, /* with fewer input elements in a row, picking them one by one is as good */
   LONG_ROW = 64,  /* rows from here on are converted one by one, shorter ones together */
   GRAIN = 4096    /* elements: least share of a thread in a contiguous copy */
@@ -119,7 +120,7 @@ static void turn(int size, char *d, int64_t drow, const char *s, int64_t srow, i
 
 /* One block: the input is contiguous along the rows' dim, the output along the columns'. */
 static void turn_tile(const job *j, char *dst, const char *src, int64_t rows, int64_t cols) {
-  _Alignas(64) char block[BLOCK * BLOCK * 4];
+  _Alignas(64) char block[BLOCK * BLOCK_BYTES];
   const int inner = j->loop.ndim - 1;
   const int64_t step = j->loop.stride[1][inner] * j->src_size;
   for (int64_t c = 0; c < cols; c++)
@@ -189,7 +190,7 @@ static void set_tiles(job *j) {
   j->cols = j->loop.shape[inner];
   j->rows = j->row_dim >= 0 ? j->loop.shape[j->row_dim] : 1;
   if (j->turn >= 0) {
-    const int64_t side = j->dst_size == 8 ? BLOCK / 2 : BLOCK;
+    const int64_t side = least(BLOCK, BLOCK_BYTES / j->dst_size);
     j->tile_rows = least(j->rows, side);
     j->tile_cols = least(j->cols, side);
   } else {

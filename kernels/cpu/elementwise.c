@@ -75,6 +75,12 @@ typedef struct scratch {
 /* rows x cols elements with any strides to dense ones (or, out of a dense block, the other way round). */
 #define STRIDED_COPIES(type)                                                                                           \
   static void pick_##type(type *restrict d, const type *restrict s, int64_t rows, int64_t cols, int64_t row, int64_t col) { \
+    if (row == 1) { /* memory runs along the rows: whole cache lines at a time */                                     \
+      for (int64_t c = 0; c < cols; c++) {                                                                             \
+        for (int64_t r = 0; r < rows; r++) d[r * cols + c] = s[r + c * col];                                           \
+      }                                                                                                                \
+      return;                                                                                                          \
+    }                                                                                                                  \
     for (int64_t r = 0; r < rows; r++) {                                                                               \
       for (int64_t c = 0; c < cols; c++) d[r * cols + c] = s[r * row + c * col];                                       \
     }                                                                                                                  \

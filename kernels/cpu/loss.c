@@ -3,9 +3,10 @@
  *
  * Compiled once per instruction set.  Called through hm_isa.loss.
  *
- * Logits are rows along the class dim, taken in blocks as in norm.c.  The forward op keeps each row's log of the sum of exponentials
- * (lse); the gradient takes exp(x - lse) and divides by its sum, which removes the rounding of lse.  Losses are added in double, position
- * by position within a piece, piece by piece; pieces depend on the number of positions only.
+ * Logits are rows along the class dim, taken in blocks as in norm.c.  The forward op keeps each row's log of the sum
+ * of exponentials (lse); the gradient takes exp(x - lse) and divides by its sum, which removes the rounding of lse.
+ * Losses are added in double, position by position within a piece, piece by piece; pieces depend on the number of
+ * positions only.
  */
 #include <stdio.h>
 
@@ -59,7 +60,8 @@ static void float_put(const hm_view *v, int64_t i, double value) {
 
 /* ====== Rows ====== */
 
-/* What the loss of a row is made of: x[target] - max, log of the sum of e^(x - max), sum of (x - max) where smoothing asks for it. */
+/* What the loss of a row is made of: x[target] - max, log of the sum of e^(x - max), sum of (x - max) where smoothing
+ * asks for it. */
 typedef struct row_parts {
   double picked, log_sum, shifted_sum;
 } row_parts;

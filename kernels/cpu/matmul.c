@@ -1,13 +1,14 @@
 /*
  * matmul.c -- family matmul: matmul, linear and linear's gradients by input and by weight.
  *
- * All four are one thing: out[b] = x[b] * y[b] + bias, with x and y as strided matrices (linear's weight is a transposed y).  A call
- * takes one of five ways, chosen from dtypes, shapes and strides alone:
+ * All four are one thing: out[b] = x[b] * y[b] + bias, with x and y as strided matrices (linear's weight is a
+ * transposed y).  A call takes one of five ways, chosen from dtypes, shapes and strides alone:
  *   F64     plain loops in double; also the reference that the others are tested against
  *   TINY    float32 loops on the stack, where a primitive would cost more than the product
  *   DIRECT  one oneDNN primitive on the operands as they lie (f32; bf16 where the processor multiplies it)
- *   CHUNKS  chunks of one product, with operands converted to float32 (or copied, where their strides suit no primitive or slow it
- *           down) and the result rounded once: along the rows of x, or along the inner dim with partial sums added in order
+ *   CHUNKS  chunks of one product, with operands converted to float32 (or copied, where their strides suit no primitive
+ *           or slow it down) and the result rounded once: along the rows of x, or along the inner dim with partial sums
+ *           added in order
  *   GROUPS  the same for many small products: a chunk is a group of them
  * Memory comes from call->workspace; hm_cpu_matmul_workspace() makes the same plan and tells its size.
  */
@@ -19,8 +20,10 @@ enum {
   TINY_LIMIT = 1024,     /* multiply-adds, and elements of each operand, up to which TINY is taken */
   CHUNK_BYTES = 2 << 20, /* float32 operands and result of one chunk: they stay in cache */
   CHUNK_ROWS = 128,      /* a primitive on fewer rows spends its time on y */
+  CHUNK_INNER = 512,     /* a chunk of the inner dim adds to the whole result: its work must outweigh that */
   ALIAS = 512, /* lines this many float32 apart fall into the same few cache sets: oneDNN's copying halves its speed */
-  ALIAS_REUSE = 64 /* an operand used at least so often is worth a copy with other distances */
+  ALIAS_REUSE = 64,    /* an operand used at least so often is worth a copy with other distances */
+  ALIAS_MOST = 1 << 24 /* elements; a larger copy would cost too much memory */
 };
 
 typedef enum way { WAY_F64, WAY_TINY, WAY_DIRECT, WAY_CHUNKS, WAY_GROUPS } way;
@@ -249,10 +252,11 @@ static matrix copy_like(const matrix *a, int64_t rows, int64_t cols) {
 
 /* Lines of the inner dim at a distance that oneDNN is slow with. */
 static bool aliased_x(const product *p) {
-  return by_columns(&p->x) && p->x.cs % ALIAS == 0 && p->k >= 16 && p->n >= ALIAS_REUSE;
+  return by_columns(&p->x) && p->x.cs % ALIAS == 0 && p->k >= 16 && p->n >= ALIAS_REUSE && p->k * p->m <= ALIAS_MOST;
 }
 static bool aliased_y(const product *p) {
-  return !by_columns(&p->y) && p->n > 1 && p->y.rs % ALIAS == 0 && p->k >= 16 && p->m >= ALIAS_REUSE;
+  return !by_columns(&p->y) && p->n > 1 && p->y.rs % ALIAS == 0 && p->k >= 16 && p->m >= ALIAS_REUSE &&
+         p->k * p->n <= ALIAS_MOST;
 }
 
 static bool wants_staging_x(const product *p) {
@@ -273,7 +277,7 @@ static int plan_chunks(const product *p, plan *l) {
   l->y_staged = wants_staging_y(p);
   l->out_staged = p->out.dtype != HM_F32;
   l->by_k = l->y_staged && p->k > 4 * max64(p->m, p->n); /* a weight packed already is not copied again */
-  l->chunks = l->by_k ? hm_chunk(p->k, 4 * (p->m + p->n), CHUNK_BYTES, CHUNK_ROWS)
+  l->chunks = l->by_k ? hm_chunk(p->k, 4 * (p->m + p->n), CHUNK_BYTES, CHUNK_INNER)
                       : hm_chunk(p->m, 4 * (p->k + p->n), CHUNK_BYTES, CHUNK_ROWS);
   if (!l->by_k && !l->x_staged && !l->out_staged) l->chunks = (hm_chunks){1, p->m};
   const int64_t m = l->by_k ? p->m : l->chunks.size, k = l->by_k ? l->chunks.size : p->k;
@@ -362,7 +366,8 @@ static void gather_f32(float *dst, const char *src, int dtype, int64_t stride, i
   }
 }
 
-/* rows * cols of `a`, from `data` on, to float32 as copy_like() lays it out.  `parallel`: false inside a parallel region. */
+/* rows * cols of `a`, from `data` on, to float32 as copy_like() lays it out.  `parallel`: false inside a parallel
+ * region. */
 static void stage(float *dst, const matrix *a, const char *data, int64_t rows, int64_t cols, bool parallel) {
   const int size = hm_dtype_size(a->dtype);
   const bool columns = by_columns(a);
@@ -611,7 +616,8 @@ int hm_cpu_matmul(const hm_kernel_call *call) {
   return hm_cpu_fail(HM_ERR_INTERNAL, "%s: no way chosen", p.name);
 }
 
-/* The weight of a linear layer that the narrow way would convert anew in each call: a float32 copy serves until it changes. */
+/* The weight of a linear layer that the narrow way would convert anew in each call: a float32 copy serves until it
+ * changes. */
 int hm_matmul_packing(const hm_kernel_call *call, int arg, hm_packing *out) {
   product p;
   plan l;

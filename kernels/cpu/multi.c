@@ -3,14 +3,17 @@
  *
  * Compiled once per instruction set.  Called through hm_isa.multi_tensor.
  *
- * All parameters are cut into blocks of 16,384 elements; blocks are handled in waves of 512, in any order by any thread.  A block goes
- * through in pieces of 512 elements that stay in L1: read in the type computed in (f32, or f64 for f64 parameters), updated, written back,
- * and copied to the low dtype, all while hot.  What pass 1 finds in a block is kept by block and added up in order after each wave.
+ * All parameters are cut into blocks of 16,384 elements; blocks are handled in waves of 512, in any order by any
+ * thread.  A block goes through in pieces of 512 elements that stay in L1: read in the type computed in (f32, or f64
+ * for f64 parameters), updated, written back, and copied to the low dtype, all while hot.  What pass 1 finds in a
+ * block is kept by block and added up in order after each wave.
  *
- * Squares are summed in f32 within a piece (in 32 lanes, see vec.h) and in double from there on.  A piece with a value that is not finite, or whose
- * squares would leave the range of f32, is gone over again, one value at a time, in double.
+ * Squares are summed in f32 within a piece (in 32 lanes, see vec.h) and in double from there on.  A piece with a
+ * value that is not finite, or whose squares would leave the range of f32, is gone over again, one value at a time,
+ * in double.
  *
- * Formulas and the order of operations are PyTorch's: moments move by lerp, second moments by mul and addcmul, parameters by addcdiv.
+ * Formulas and the order of operations are PyTorch's: moments move by lerp, second moments by mul and addcmul,
+ * parameters by addcdiv.
  */
 #include <float.h>
 

@@ -3,9 +3,10 @@
  *
  * Compiled once per instruction set.  Called through hm_isa.norm.
  *
- * Rows are taken in blocks that fit L1 as dense f32 (f64) tiles, whatever dtype and strides the views have: a dim with a stride is
- * transposed into the tile, so that the arithmetic and its order are those of the dense case.  Rows longer than a block are streamed leaf
- * by leaf.  Sums: see vec.h.  A row with NaN or +inf, or of nothing but -inf, is NaN, as the formulas give it.
+ * Rows are taken in blocks that fit L1 as dense f32 (f64) tiles, whatever dtype and strides the views have: a dim
+ * with a stride is transposed into the tile, so that the arithmetic and its order are those of the dense case.  Rows
+ * longer than a block are streamed leaf by leaf.  Sums: see vec.h.  A row with NaN or +inf, or of nothing but -inf,
+ * is NaN, as the formulas give it.
  */
 #include "../math.h"
 #include "vec.h"

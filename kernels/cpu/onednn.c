@@ -1,8 +1,8 @@
 /*
  * onednn.c -- the engine, the cache of primitives, and the layouts of convolution weights.  See onednn.h.
  *
- * The cache is a hash table with a list in order of use; it owns every hm_prim, frees the one used longest ago when full, and
- * remembers refusals too.  Called by matmul.c, conv.c and (open, version, packing) backend.c, on one thread.
+ * The cache is a hash table with a list in order of use; it owns every hm_prim, frees the one used longest ago when
+ * full, and remembers refusals too.  Called by matmul.c, conv.c and (open, version, packing) backend.c, on one thread.
  */
 #include <omp.h>
 #include <stdlib.h>
@@ -441,8 +441,8 @@ int hm_prim_conv(const char *op, const hm_conv_desc *d, hm_prim **out) {
 
 /* ====== Weights in and out of their layout ====== */
 
-/* A weight's rows (one per output channel: in * places elements) move in tiles of a few rows and a stretch of whole `in`s, so that either
- * the outputs or the ins of a block lie side by side in the layout and are written, or read, together. */
+/* A weight's rows (one per output channel: in * places elements) move in tiles of a few rows and a stretch of whole
+ * `in`s, so that either the outputs or the ins of a block lie side by side in the layout and move together. */
 enum { TILE_ROWS = 16, TILE_ELEMENTS = 4096 };
 
 typedef struct weight_tile {
@@ -485,7 +485,8 @@ static void move_tile(const weight_tile *t, void *layout, void *tile, bool pack)
   else move_tile2(t, layout, tile, pack);
 }
 
-/* The rows from `first` on: between plain memory of any dtype and the layout, through a buffer of float32 (or bfloat16). */
+/* The rows from `first` on: between plain memory of any dtype and the layout, through a buffer of float32 (or
+ * bfloat16). */
 static void move_rows(const hm_prim *p, const hm_conv_desc *d, int64_t first, int64_t rows, void *layout, char *plain,
                       int dtype, bool pack) {
   const int64_t out = d->o / d->groups, in = d->c / d->groups, places = d->kh * d->kw;

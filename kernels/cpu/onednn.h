@@ -1,13 +1,14 @@
 /*
  * onednn.h -- oneDNN primitives, made once per shape and kept.
  *
- * Private to matmul.c, conv.c and onednn.c.  A primitive (hm_prim) lives in a hash table under everything that shaped it: kind, dtypes,
- * sizes, strides, number of threads.  Its memory objects are made with it; a call sets data pointers and runs.  The table owns
- * all of them; a pointer got from hm_prim_matmul() or hm_prim_conv() is good until 1,000 other primitives have been asked for, so a
- * kernel takes what it needs at its start and keeps nothing between calls.  One thread only: the one that runs kernels.
+ * Private to matmul.c, conv.c and onednn.c.  A primitive (hm_prim) lives in a hash table under everything that shaped
+ * it: kind, dtypes, sizes, strides, number of threads.  Its memory objects are made with it; a call sets data pointers
+ * and runs.  The table owns all of them; a pointer got from hm_prim_matmul() or hm_prim_conv() is good until 1,000
+ * other primitives have been asked for, so a kernel takes what it needs at its start and keeps nothing between calls.
+ * One thread only: the one that runs kernels.
  *
- * A primitive whose implementation name begins with "ref" or "simple" is refused (about 1 GFLOP/s): hm_prim.primitive is then NULL and
- * the caller takes another way or reports it.
+ * A primitive whose implementation name begins with "ref" or "simple" is refused (about 1 GFLOP/s): hm_prim.primitive
+ * is then NULL and the caller takes another way or reports it.
  */
 #ifndef HM_CPU_ONEDNN_H
 #define HM_CPU_ONEDNN_H
@@ -36,7 +37,8 @@ typedef struct hm_prim {
   int arg_id[HM_PRIM_ARGS];
 } hm_prim;
 
-/* out = x * y (+ bias) (+ out).  Batch dims first, then rows and columns; strides in elements; a batch dim of 1 is repeated. */
+/* out = x * y (+ bias) (+ out).  Batch dims first, then rows and columns; strides in elements; a batch dim of 1 is
+ * repeated. */
 typedef struct hm_mm_desc {
   int ndim;
   int x_dtype, y_dtype, out_dtype; /* F32 or BF16 */
@@ -47,7 +49,8 @@ typedef struct hm_mm_desc {
 
 typedef enum hm_conv_kind { HM_CONV_FORWARD, HM_CONV_INPUT, HM_CONV_WEIGHT } hm_conv_kind;
 
-/* A convolution or one of its gradients; x and out (or their gradients) channels-last.  `n` images of `c` channels, `o` channels out. */
+/* A convolution or one of its gradients; x and out (or their gradients) channels-last.  `n` images of `c` channels,
+ * `o` channels out. */
 typedef struct hm_conv_desc {
   int64_t kind;
   int64_t x_dtype, weight_dtype, out_dtype, bias_dtype; /* of x and out or of their gradients; bias HM_NONE for none */
@@ -58,7 +61,8 @@ typedef struct hm_conv_desc {
   int64_t groups;
 } hm_conv_desc;
 
-/* Finds or makes the primitive; `op` names the caller in messages.  HM_OK also where it was refused (primitive is NULL). */
+/* Finds or makes the primitive; `op` names the caller in messages.  HM_OK also where it was refused (primitive is
+ * NULL). */
 int hm_prim_matmul(const char *op, const hm_mm_desc *d, hm_prim **out);
 int hm_prim_conv(const char *op, const hm_conv_desc *d, hm_prim **out);
 
@@ -66,11 +70,13 @@ int hm_prim_conv(const char *op, const hm_conv_desc *d, hm_prim **out);
  * HM_CONV_INPUT: X is the gradient of x, OUT the gradient of out; HM_CONV_WEIGHT: Y is the gradient of the weight. */
 int hm_prim_execute(const char *op, hm_prim *p, void *const data[HM_PRIM_ARGS], void *scratch);
 
-/* Writes a plain row-major weight [groups * out, in, kH * kW] of any floating dtype into the layout of p (weight_bytes at dst), and back. */
+/* Writes a plain row-major weight [groups * out, in, kH * kW] of any floating dtype into the layout of p (weight_bytes
+ * at dst), and back. */
 void hm_prim_pack_weight(const hm_prim *p, const hm_conv_desc *d, void *dst, const void *src, int src_dtype);
 void hm_prim_unpack_weight(const hm_prim *p, const hm_conv_desc *d, void *dst, int dst_dtype, const void *src);
 
-/* Key of a row-major float32 copy of an operand of dtype src, with `gap` elements between its lines (hm_packing.key). */
+/* Key of a row-major float32 copy of an operand of dtype src, with `gap` elements between its lines
+ * (hm_packing.key). */
 uint64_t hm_key_f32_copy(int src_dtype, int64_t gap);
 
 /* n contiguous elements from one dtype to another, by as many threads as that is worth. */
@@ -80,8 +86,8 @@ void hm_convert_many(void *dst, int dst_dtype, const void *src, int src_dtype, i
 double hm_load_double(const void *data, int dtype, int64_t index);
 void hm_store_double(void *data, int dtype, int64_t index, double value);
 
-/* Cuts `total` items of `item_bytes` each into equal chunks of about `target` bytes.  Depends on nothing else.  The last chunk may
- * overlap the one before, so that one primitive serves all. */
+/* Cuts `total` items of `item_bytes` each into equal chunks of about `target` bytes, of at least `least` items.
+ * Depends on nothing else.  The last chunk may overlap the one before, so that one primitive serves all. */
 typedef struct hm_chunks {
   int64_t count, size;
 } hm_chunks;

@@ -3,12 +3,13 @@
  *
  * Compiled once per instruction set.  Called through hm_isa.pool.
  *
- * Work goes pixel by pixel over all channels at once: dense where memory is channels-last, else gathered into tiles.  Half types are
- * compared as ordered integers, which is exact and needs no conversion.  As in PyTorch the first largest value wins, a NaN wins over
- * everything, and of several NaNs the last; padding never wins.  The index is the place in the window, ky * kw + kx.
+ * Work goes pixel by pixel over all channels at once: dense where memory is channels-last, else gathered into tiles.
+ * Half types are compared as ordered integers, which is exact and needs no conversion.  As in PyTorch the first
+ * largest value wins, a NaN wins over everything, and of several NaNs the last; padding never wins.  The index is
+ * the place in the window, ky * kw + kx.
  *
- * The gradient is written in gather form: each input pixel adds the windows that chose it, in order, so that no two threads write one
- * element.  Windows that do not overlap need no sum: each one writes its pixels.
+ * The gradient is written in gather form: each input pixel adds the windows that chose it, in order, so that no two
+ * threads write one element.  Windows that do not overlap need no sum: each one writes its pixels.
  */
 #include "vec.h"
 
@@ -105,7 +106,8 @@ typedef void (*window_fn)(void *out, uint8_t *index, const void *const *row, con
 DEFINE_WINDOW(float, f32, int32_t, i32)
 DEFINE_WINDOW(double, f64, int64_t, i64)
 
-/* Half types: bits become an integer that orders as the value does (both zeros are 0), NaN the largest.  INF: bits of infinity. */
+/* Half types: bits become an integer that orders as the value does (both zeros are 0), NaN the largest.  INF: bits of
+ * infinity. */
 #define DEFINE_WINDOW_HALF(S, INF)                                                                                     \
   static inline hm_v_i16 key_##S(hm_v_i16 x) {                                                                         \
     const hm_v_i16 sign = x >> 15, nan = (hm_v_i16)((x & 0x7fff) > INF);                                               \

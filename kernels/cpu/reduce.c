@@ -3,12 +3,12 @@
  *
  * Compiled once per instruction set.  Called through hm_isa.reduce.
  *
- * A plan splits the input's dims into kept and reduced ones, orders each by stride and joins what lies together.  Then one of two
- * loops runs:
+ * A plan splits the input's dims into kept and reduced ones, orders each by stride and joins what lies together.
+ * Then one of two loops runs:
  *   rows      each output is a run (or a gather) of elements: 32 lanes over leaves of 1,024 elements
  *   columns   the innermost kept dim is dense: whole rows are added into a tile of columns, 32 rows to a leaf
- * Leaves are added pairwise within a chunk of about 65,536 elements, chunks pairwise through the workspace.  Leaves and chunks
- * depend on shapes and strides only, so the bits do not depend on threads or instruction set.
+ * Leaves are added pairwise within a chunk of about 65,536 elements, chunks pairwise through the workspace.  Leaves
+ * and chunks depend on shapes and strides only, so the bits do not depend on threads or instruction set.
  */
 #include "vec.h"
 
@@ -327,7 +327,8 @@ static void reduce_rows(const plan *p, int threads) {
 
 /* ====== Sums and their like: columns ====== */
 
-/* Rows [r, r + rows) of a tile of columns, dense or where they lie: returns the first, *ld is their distance.  At most TILE elements
+/* Rows [r, r + rows) of a tile of columns, dense or where they lie: returns the first, *ld is their distance.  At
+ * most TILE elements
  * where they must be moved: *rows says how many came. */
 static const void *fetch_rows(const plan *p, int64_t base, int64_t r, int64_t *rows, int64_t width, void *tile,
                               int64_t *ld) {

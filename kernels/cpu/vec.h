@@ -1,15 +1,17 @@
 /*
  * vec.h -- what the reducing kernels share: native vectors, sums and maxima in one fixed order, tiles, rows.
  *
- * Included by reduce.c norm.c loss.c pool.c multi.c, each compiled once per instruction set; everything here is static.
+ * Included by reduce.c norm.c loss.c pool.c multi.c, each compiled once per instruction set; everything here is
+ * static.
  *
- * Order.  Whatever the instruction set, element i of a run goes to lane i mod 32; a lane takes its elements four at a time, pairs first
- * (which keeps chains of roundings short); lanes are folded in halves (16, 8, 4, 2, 1).  Runs below 32 elements use four lanes.
- * A native vector holds 4, 8 or 16 floats, so 32 lanes are 8, 4 or 2 of them: the same additions in the same order, the same bits.
- * Longer runs are cut into leaves of 1,024 elements, and leaves are added pairwise.
+ * Order.  Whatever the instruction set, element i of a run goes to lane i mod 32; a lane takes its elements four at
+ * a time, pairs first (which keeps chains of roundings short); lanes are folded in halves (16, 8, 4, 2, 1).  Runs
+ * below 32 elements use four lanes. A native vector holds 4, 8 or 16 floats, so 32 lanes are 8, 4 or 2 of them: the
+ * same additions in the same order, the same bits. Longer runs are cut into leaves of 1,024 elements, and leaves are
+ * added pairwise.
  *
- * Tiles.  Inputs of another dtype or with gaps are converted piece by piece into a small buffer on the stack (a tile) of the type that
- * is computed in; dense inputs of that type are read where they lie.
+ * Tiles.  Inputs of another dtype or with gaps are converted piece by piece into a small buffer on the stack (a
+ * tile) of the type that is computed in; dense inputs of that type are read where they lie.
  */
 #ifndef HM_CPU_VEC_H
 #define HM_CPU_VEC_H
@@ -274,13 +276,15 @@ static inline int64_t hm_rows_run(const hm_rows *r, int64_t i, int64_t want) {
   return left < want ? left : want;
 }
 
-/* Rows to take together: what stays in L1; where a row has gaps as many as a block holds, so that whole lines are used. At least one. */
+/* Rows to take together: what stays in L1; where a row has gaps as many as a block holds, so that whole lines are
+ * used. At least one. */
 static inline int64_t hm_rows_per_block(const hm_rows *r) {
   const int64_t room = r->step[0] == 1 ? 2048 : HM_BLOCK, fit = r->length > 0 ? room / r->length : room;
   return fit < 1 ? 1 : fit > 1024 ? 1024 : fit;
 }
 
-/* Moves `rows` x `length` elements between memory with (1, step) strides and dense rows, sixteen steps at a time so that lines stay in L1. */
+/* Moves `rows` x `length` elements between memory with (1, step) strides and dense rows, sixteen steps at a time so
+ * that lines stay in L1. */
 #define HM_TRANSPOSE(T, TO, FROM)                                                                                      \
   for (int64_t l0 = 0; l0 < length; l0 += 16) {                                                                        \
     const int64_t l1 = l0 + 16 < length ? l0 + 16 : length;                                                            \
@@ -316,7 +320,8 @@ static inline bool hm_rows_columns(const hm_rows *r, int v, int64_t run) {
   return run > 1 && r->step[v] != 1 && r->stride[v][r->nd - 1] == 1 && hm_dtype_size(r->view[v]->dtype) > 1;
 }
 
-/* Rows [i, i + run) of view v, a run along the innermost dim, run * length <= HM_BLOCK, as dense rows of tile_dtype: in `tile`, or
+/* Rows [i, i + run) of view v, a run along the innermost dim, run * length <= HM_BLOCK, as dense rows of tile_dtype:
+ * in `tile`, or
  * where they lie.  raw: scratch of HM_BLOCK elements of the view's dtype. */
 static inline const void *hm_rows_in(const hm_rows *r, int v, int64_t i, int64_t run, void *tile, int tile_dtype,
                                      void *raw) {
@@ -335,14 +340,16 @@ static inline const void *hm_rows_in(const hm_rows *r, int v, int64_t i, int64_t
   return tile;
 }
 
-/* Where a block of results may be written at once: the output itself where it is dense and of the tile's dtype, else `tile`. */
+/* Where a block of results may be written at once: the output itself where it is dense and of the tile's dtype, else
+ * `tile`. */
 static inline void *hm_rows_target(const hm_rows *r, int v, int64_t i, int64_t run, void *tile, int tile_dtype) {
   const hm_view *w = r->view[v];
   return w->dtype == tile_dtype && hm_rows_dense(r, v, run) ? hm_at_mut(w->data, hm_rows_offset(r, v, i), w->dtype)
                                                             : tile;
 }
 
-/* Dense rows back into rows [i, i + run) of view v, rounded once; nothing to do where hm_rows_target gave the output itself. */
+/* Dense rows back into rows [i, i + run) of view v, rounded once; nothing to do where hm_rows_target gave the output
+ * itself. */
 static inline void hm_rows_out(const hm_rows *r, int v, int64_t i, int64_t run, const void *tile, int tile_dtype,
                                void *raw) {
   const int dtype = r->view[v]->dtype;

@@ -15,13 +15,15 @@ local cli = {}
 
 --- Prints the declared options.
 local function help(title, declared, out)
+  local width = #"help"
+  for _, row in ipairs(declared) do width = math.max(width, #row[1]) end
+  local function line(name, doc) out:write("  --", name, (" "):rep(width - #name + 2), doc, "\n") end
   out:write(title, "\n\n")
   for _, row in ipairs(declared) do
     local default = row[2]
-    local shown = (default == "" or default == false) and "" or ("  [%s]"):format(tostring(default))
-    out:write(("  --%-10s %s%s\n"):format(row[1], row[3], shown))
+    line(row[1], row[3] .. ((default == "" or default == false) and "" or ("  [%s]"):format(tostring(default))))
   end
-  out:write(("  --%-10s %s\n"):format("help", "this text"))
+  line("help", "this text")
 end
 
 --- Ends the script with a message; a wrong command line is no place for a traceback.
@@ -32,7 +34,7 @@ end
 
 --- The values of the declared options.  Prints and exits on --help and on a wrong command line.
 ---@param title string
----@param declared table[] {name, default, doc}
+---@param declared table[] {name, default, doc, test: value -> what is wrong with it, or nil}
 ---@param given string[] the script's arguments
 ---@return table<string, any> values
 function cli.parse(title, declared, given)
@@ -76,6 +78,10 @@ function cli.parse(title, declared, given)
       end
     end
     i = i + 1
+  end
+  for _, row in ipairs(declared) do
+    local complaint = row[4] and row[4](values[row[1]])
+    if complaint then refuse(("--%s %s"):format(row[1], complaint)) end
   end
   return values
 end
