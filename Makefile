@@ -29,7 +29,7 @@ JOBS     ?= $(shell nproc 2>/dev/null || echo 2)
 # ====== What there is ======
 
 comma := ,
-MAKEFLAGS += --no-builtin-rules
+MAKEFLAGS += --no-builtin-rules --no-print-directory
 .SUFFIXES:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := all
@@ -78,7 +78,7 @@ ifneq ($(SANITIZE),)
   LINK    := -fsanitize=$(SANITIZE)
 endif
 # No fused multiply-add, and NaN stays NaN: every instruction set gives the same bits.
-KERNEL_FLAGS := -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp
+KERNEL_FLAGS := -O3 -fwrapv -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp
 # oneDNN declares sizes as arrays of 12, and reads as many as there are dims.
 ONEDNN_FLAGS := -Wno-stringop-overread
 FLAGS_baseline :=

@@ -163,14 +163,14 @@ static hm_arg keep_temp(hm_tensor *t) {
   return hm_t(t);
 }
 
-static int check_saved(const hm_node *n, const hm_saved *s, const char *what) {
+static int check_saved(const hm_node *n, const hm_saved *s, const char *role, const char *name) {
   if (n->freed)
     return hm_fail(HM_ERR_STATE, "backward: the graph was freed: %s has given up its saved tensors\n  hint: pass retain_graph = true to the first backward",
                    node_name(n));
   if (s->arg.kind != HM_ARG_TENSOR || hm_tensor_version(s->arg.t) == s->version) return HM_OK;
   char text[160];
   return hm_fail(HM_ERR_STATE, "backward: %s %s of %s, %s, was changed in place after it was saved (version %u, expected %u)\n  hint: use the form that makes a new tensor",
-                 what[0] == 'i' ? "operand" : "result", what, node_name(n), hm_describe(s->arg.t, text, sizeof text),
+                 role, name, node_name(n), hm_describe(s->arg.t, text, sizeof text),
                  hm_tensor_version(s->arg.t), s->version);
 }
 
@@ -195,7 +195,7 @@ static hm_arg widened(const hm_node *n, hm_arg a, int *status) {
 
 hm_arg hm__saved_in(hm_node *n, int in, int *status) {
   const hm_saved *s = &n->in[in];
-  *status = check_saved(n, s, "input");
+  *status = check_saved(n, s, "operand", hm_op_get(n->op)->in[in].name);
   if (*status || s->arg.kind != HM_ARG_TENSOR) return s->arg;
   hm_arg a = s->arg;
   if (current->create_graph && n->edge[in].node) a = with_graph(a.t, n->edge[in].node, n->edge[in].nr, status);
@@ -204,7 +204,7 @@ hm_arg hm__saved_in(hm_node *n, int in, int *status) {
 
 hm_arg hm__saved_out(hm_node *n, int out, int *status) {
   const hm_saved *s = &n->out[out];
-  *status = check_saved(n, s, "output");
+  *status = check_saved(n, s, "result", hm_op_get(n->op)->out[out].name);
   if (*status || s->arg.kind != HM_ARG_TENSOR) return s->arg;
   hm_arg a = s->arg;
   if (current->create_graph && out == 0) a = with_graph(a.t, n, out, status);
@@ -340,10 +340,13 @@ static int widen_gradients(hm_visit *v) {
 
 static int call_backward(hm_node *n, hm_tensor *const *grad, hm_tensor **grad_in) {
   if (n->op == HM_NODE_CUSTOM) {
-    if (n->freed) return check_saved(n, &(hm_saved){0}, "input");
+    if (n->freed) return check_saved(n, &(hm_saved){0}, "operand", "");
     return n->custom->fn(n->custom->ud, n->n_out, grad, n->n_in, grad_in);
   }
-  return hm_op_get(n->op)->backward(n, grad, grad_in);
+  const hm_op_info *info = hm_op_get(n->op);
+  if (!info->differentiable)
+    return hm_fail(HM_ERR_UNSUPPORTED, "backward: %s has no derivative: this gradient cannot be differentiated once more", info->name);
+  return info->backward(n, grad, grad_in);
 }
 
 static int run_op(walk *w, hm_visit *v) {

@@ -137,16 +137,31 @@ int hm_cat(hm_tensor *const *list, int n, int dim, hm_tensor **out) {
   return status;
 }
 
+/* Every part of a stack has the shape of the first. */
+static int same_shapes(hm_tensor *const *list, int n) {
+  char a[160], b[160];
+  for (int i = 0; i < n; i++) {
+    if (hm_tensor_is_dropped(list[i])) return hm_fail(HM_ERR_STATE, "stack: tensor %d was released", i + 1);
+    bool same = list[i]->ndim == list[0]->ndim;
+    for (int d = 0; same && d < list[0]->ndim; d++) same = list[i]->shape[d] == list[0]->shape[d];
+    if (!same)
+      return hm_fail(HM_ERR_SHAPE, "stack: shapes must agree: tensor 1 is %s, tensor %d is %s", hm_describe(list[0], a, sizeof a), i + 1,
+                     hm_describe(list[i], b, sizeof b));
+  }
+  return HM_OK;
+}
+
 int hm_stack(hm_tensor *const *list, int n, int dim, hm_tensor **out) {
   *out = NULL;
   if (n < 1) return hm_fail(HM_ERR_ARG, "stack: needs at least one tensor");
+  int status = same_shapes(list, n);
+  if (status) return status;
   const int ndim = list[0]->ndim + 1;
   if (dim < -ndim || dim >= ndim)
     return hm_fail(HM_ERR_SHAPE, "stack: dim out of range: the result has %d dims, valid are 1 to %d, or -%d to -1", ndim, ndim, ndim);
   if (dim < 0) dim += ndim;
   hm_tensor **wide = hm_calloc(sizeof *wide * (size_t)n);
   if (!wide) return HM_ERR_MEMORY;
-  int status = HM_OK;
   for (int i = 0; i < n && !status; i++) status = hm_op_unsqueeze(hm_t(list[i]), dim, &wide[i]);
   if (!status) status = hm_cat(wide, n, dim, out);
   for (int i = 0; i < n; i++) hm_tensor_release(wide[i]);

@@ -37,7 +37,9 @@ int hm__device_register(const hm_backend *backend, int first) {
 int hm_init(void) {
   if (backends[HM_CPU]) return HM_OK;
   hm__mutator = true;
-  return hm__device_register(hm_backend_cpu(&host), HM_CPU);
+  const int status = hm__device_register(hm_backend_cpu(&host), HM_CPU);
+  if (status || backends[HM_CPU]) return status;
+  return HM_ERR_ARG; /* a setting cannot be obeyed; the backend has said why */
 }
 
 const hm_backend *hm_device_backend(int device) {

@@ -313,16 +313,23 @@ static int separate_from_destination(hm_opcall *c, const hm_tensor *dst) {
   return HM_OK;
 }
 
-/* A write that is recorded and whose derivative reads the old value keeps a copy of it. */
-static int keep_old_value(hm_opcall *c) {
+/* Operands that the derivatives of a recorded call read. */
+static uint32_t read_by_backward(const hm_opcall *c) {
+  uint32_t mask = 0;
+  for (int i = 0; i < c->info->n_in; i++)
+    if ((c->info->diff_in >> i & 1) && c->src[i].kind == HM_ARG_TENSOR && c->src[i].t->requires_grad) mask |= c->info->need_in[i];
+  return mask;
+}
+
+/* A write that is recorded and whose derivative reads the old value keeps a copy of it, under whatever operand it goes (x:mul_(x)). */
+static int keep_old_value(hm_opcall *c, const hm_tensor *dst) {
+  const uint32_t mask = read_by_backward(c);
   for (int i = 0; i < c->info->n_in; i++) {
-    const hm_arg *a = &c->src[i];
-    if (!(c->info->diff_in >> i & 1) || a->kind != HM_ARG_TENSOR || !a->t->requires_grad || !(c->info->need_in[i] & 1)) continue;
+    if (!(mask >> i & 1) || c->in[i].kind != HM_ARG_TENSOR || c->in[i].t->storage != dst->storage) continue;
     hm_tensor *copy;
-    const int status = hm_clone(c->in[0].t, &copy);
+    const int status = hm_clone(c->in[i].t, &copy);
     if (status) return status;
-    replace_operand(c, 0, copy);
-    return HM_OK;
+    replace_operand(c, i, copy);
   }
   return HM_OK;
 }
@@ -333,8 +340,8 @@ static hm_tensor *destination(const hm_opcall *c) {
   return c->info->n_in > 0 && c->info->in[0].mutated ? c->src[0].t : NULL;
 }
 
-static int prepare_write(hm_opcall *c, hm_tensor *dst, bool record) {
-  int status = record ? hm__check_inplace(c, dst) : HM_OK;
+static int prepare_write(hm_opcall *c, hm_tensor *dst, bool grad, bool record) {
+  int status = grad ? hm__check_inplace(c, dst, record) : HM_OK;
   if (!status) status = separate_from_destination(c, dst);
   return status;
 }
@@ -356,19 +363,19 @@ static void init_call(hm_opcall *c, int op, const hm_arg *in, const hm_attr *att
 }
 
 /* The stations up to the finished outputs; gradients are off meanwhile unless the op has no derivative of its own. */
-static int compute(hm_opcall *c, bool record) {
+static int compute(hm_opcall *c, bool grad, bool record) {
   int status = hm__autocast(c);
   if (status) return status;
   for (int i = 0; i < c->info->n_out; i++) c->spec[i].dtype = output_dtype(c, i);
   hm_tensor *dst = destination(c);
   if (dst) {
-    status = prepare_write(c, dst, record);
+    status = prepare_write(c, dst, grad, record);
     if (status) return status;
   }
   status = c->info->infer(c);
   if (status || c->info->family >= HM_FAMILY_COUNT) return status;
   status = allocate_outputs(c);
-  if (!status && dst && record) status = keep_old_value(c);
+  if (!status && dst && record) status = keep_old_value(c, dst);
   if (status) return status;
   take_random(c);
   bool empty = true;
@@ -395,10 +402,13 @@ static int call(hm_opcall *c) {
   const bool grad = mode->grad;
   const bool record = hm__needs_record(c);
   if (c->info->differentiable || c->info->family < HM_FAMILY_COUNT) mode->grad = false;
-  status = compute(c, record);
+  status = compute(c, grad, record);
   mode->grad = grad;
-  if (!status && record) status = hm__record(c);
-  if (!status && record) log_saved(c);
+  const bool recorded = !status && record && hm_dtype_is_float(c->out[0]->dtype); /* a cast to integers ends the graph */
+  if (recorded) status = hm__record(c);
+  hm_tensor *dst = status || !grad ? NULL : destination(c);
+  if (dst) status = hm__rewritten(dst, recorded);
+  if (!status && recorded) log_saved(c);
   finish(c, status);
   return status;
 }

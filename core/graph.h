@@ -64,7 +64,10 @@ int hm__record(hm_opcall *c);
 /* True if the call must be recorded: gradients on, the op differentiable, some input wants one. */
 bool hm__needs_record(const hm_opcall *c);
 /* Before an in-place write to t: refuses leaves that want a gradient and views of tensors that do. */
-int hm__check_inplace(const hm_opcall *c, hm_tensor *t);
+int hm__check_inplace(const hm_opcall *c, hm_tensor *t, bool record);
+/* After an in-place write to t with gradients on: marks earlier views of it as out of date; a write that was not recorded (fill_, or copy_ of a
+ * plain tensor) cuts t off from the graph, since nothing of its old value is left. */
+int hm__rewritten(hm_tensor *t, bool recorded);
 void hm__node_release(hm_node *n);
 /* When gradients last reached this leaf: larger is later; 0 never.  The scaler sorts culprits by it. */
 static inline uint64_t hm__grad_order(const hm_tensor *t) { return t->grad_order; }

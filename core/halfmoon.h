@@ -99,6 +99,7 @@ typedef struct hm_tensor {
   int64_t stride[HM_MAX_NDIM]; /* in elements */
   hm_node *node;               /* what made it (owned); NULL for leaves */
   int32_t out_nr;              /* which output of node */
+  uint32_t rewrites;           /* of the storage when the tensor was made, or last changed in place itself */
   hm_node *accumulator;        /* leaves: the node that adds into grad; borrowed, NULL while no graph needs it */
   struct hm_tensor *grad;      /* owned */
   hm_hook *hooks;              /* owned list */

@@ -70,6 +70,7 @@ struct hm_storage {
   _Atomic int32_t refs;
   int32_t device;
   uint32_t version; /* bumped by every write after creation */
+  uint32_t rewrites; /* of its writes, those that changed a graph: views taken before one belong to the graph as it was */
   void *data;
   size_t bytes;
   struct hm_shadow *shadows; /* derived read-only copies, see shadow.c */

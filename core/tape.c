@@ -93,9 +93,17 @@ static hm_node *new_node(int op, int n_in, int n_out, bool save_in, bool save_ou
   return n;
 }
 
+/* A view of a tensor that was changed in place since: its node knows nothing of the change. */
+static int refuse_stale_view(const hm_tensor *t) {
+  char text[160];
+  return hm_fail(HM_ERR_STATE, "autograd: the tensor that this view was taken of has been changed in place since: %s\n  hint: take the view again",
+                 hm_describe(t, text, sizeof text));
+}
+
 int hm__grad_target(hm_tensor *t, hm_node **out) {
   *out = NULL;
   if (!t->requires_grad) return HM_OK;
+  if (t->node && t->storage && t->rewrites != t->storage->rewrites) return refuse_stale_view(t);
   hm_node *n = t->node ? t->node : t->accumulator;
   if (n) {
     *out = hm__node_retain(n);
@@ -135,8 +143,18 @@ static bool wants_gradient(const hm_opcall *c, int i) {
   return (c->info->diff_in >> i & 1) && c->src[i].kind == HM_ARG_TENSOR && c->src[i].t->requires_grad;
 }
 
+/* Under create_graph, an op of the backward walk without a derivative is recorded all the same, as a dead end: a walk that comes there says so,
+ * where leaving it out would lose its share of the gradient in silence. */
+static bool is_dead_end(const hm_opcall *c) {
+  if (c->info->differentiable || c->info->family >= HM_FAMILY_COUNT || !hm__in_backward() || !strstr(c->info->name, "_backward")) return false;
+  for (int i = 0; i < c->info->n_in; i++)
+    if (c->src[i].kind == HM_ARG_TENSOR && c->src[i].t->requires_grad) return true;
+  return false;
+}
+
 bool hm__needs_record(const hm_opcall *c) {
-  if (!c->info->differentiable || !hm_mode_current()->grad) return false;
+  if (!hm_mode_current()->grad) return false;
+  if (!c->info->differentiable) return is_dead_end(c);
   for (int i = 0; i < c->info->n_in; i++)
     if (wants_gradient(c, i)) return true;
   return false;
@@ -185,7 +203,8 @@ int hm__record(hm_opcall *c) {
   n->backward_f32 = wants_f32_backward(c);
   int status = HM_OK;
   for (int i = 0; i < c->info->n_in && !status; i++) {
-    if (c->src[i].kind == HM_ARG_TENSOR) status = make_edge(&n->edge[i], c->src[i].t, c->info->diff_in >> i & 1, n->backward_f32);
+    const bool wanted = (c->info->diff_in >> i & 1) || !c->info->differentiable; /* a dead end leads to all */
+    if (c->src[i].kind == HM_ARG_TENSOR) status = make_edge(&n->edge[i], c->src[i].t, wanted, n->backward_f32);
     if (!status && (in >> i & 1)) status = save(&n->in[i], &c->in[i]);
   }
   if (n->attr) memcpy(n->attr, c->attr, sizeof(hm_attr) * (size_t)c->info->n_attr);
@@ -195,9 +214,9 @@ int hm__record(hm_opcall *c) {
   return status;
 }
 
-int hm__check_inplace(const hm_opcall *c, hm_tensor *t) {
+int hm__check_inplace(const hm_opcall *c, hm_tensor *t, bool record) {
   char text[160];
-  if (!hm_mode_current()->grad && !hm__needs_record(c) && !t->requires_grad) return HM_OK;
+  if (!record && !t->requires_grad) return HM_OK;
   if (t->requires_grad && !t->node)
     return hm_fail(HM_ERR_STATE, "%s: a leaf that wants a gradient cannot be changed in place: %s\n  hint: do it inside hm.no_grad, or make a new tensor",
                    c->info->name, hm_describe(t, text, sizeof text));
@@ -205,6 +224,16 @@ int hm__check_inplace(const hm_opcall *c, hm_tensor *t) {
     return hm_fail(HM_ERR_STATE, "%s: a view cannot be changed in place while gradients are recorded: %s\n  hint: clone() it first, or do it inside hm.no_grad",
                    c->info->name, hm_describe(t, text, sizeof text));
   return HM_OK;
+}
+
+int hm__rewritten(hm_tensor *t, bool recorded) {
+  if (!t->node) return HM_OK;
+  t->rewrites = ++t->storage->rewrites;
+  if (recorded) return HM_OK;
+  hm__node_release(t->node);
+  t->node = NULL;
+  t->requires_grad = false;
+  return t->retains_grad ? hm__retain_grad_moved(t) : HM_OK;
 }
 
 int hm__node_saved(const hm_node *n, hm_tensor **list, int max) {

@@ -77,6 +77,7 @@ int hm__storage_new(size_t bytes, int device, hm_storage **out) {
   atomic_init(&s->refs, 1);
   s->device = device;
   s->version = 0;
+  s->rewrites = 0;
   s->data = data;
   s->bytes = bytes;
   s->shadows = NULL;
@@ -178,6 +179,7 @@ static hm_tensor *tensor_struct(hm_storage *s, int dtype, int ndim, int64_t offs
   t->offset = offset;
   t->node = NULL;
   t->out_nr = 0;
+  t->rewrites = s->rewrites;
   t->accumulator = NULL;
   t->grad = NULL;
   t->hooks = NULL;

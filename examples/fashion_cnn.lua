@@ -104,6 +104,7 @@ end
 --- Trains one network.  sets: {train =, test =} data sets; opt: the values of the command line.
 local function train(dtype, sets, opt)
   collectgarbage() -- what the last run left behind is not this one's memory
+  hm.cpu.trim()
   hm.cpu.reset_peak()
   local before = hm.cpu.memory_stats().live
   hm.manual_seed(opt.seed)
@@ -142,8 +143,9 @@ local function print_table(results)
   print(("\n%-6s %13s %11s %9s %12s %8s %12s"):format(
     "dtype", "test accuracy", "train loss", "s/epoch", "peak memory", "skipped", "final scale"))
   for _, r in ipairs(results) do
+    local scale = r.scale and ("%.14g"):format(r.scale) or "-"
     print(("%-6s %13.4f %11.4f %9.1f %9.1f MB %8d %12s"):format(
-      r.dtype, r.accuracy, r.loss, r.epoch_seconds, r.peak / 1e6, r.skipped, r.scale and ("%.14g"):format(r.scale) or "-"))
+      r.dtype, r.accuracy, r.loss, r.epoch_seconds, r.peak / 1e6, r.skipped, scale))
   end
   print("train loss: mean of the last 100 steps; peak memory: tensors, without the data set\n")
 end

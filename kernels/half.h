@@ -63,7 +63,8 @@ HM_FN uint16_t hm_f64_to_bf16(double x) { return hm__narrow(hm_f64_bits(x), HM_B
 /* The bits of x as a double: exact, and the NaN's payload shifted as it is. */
 HM_FN uint64_t hm__f32_as_f64_bits(float x) {
   const uint32_t u = hm_f32_bits(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return (uint64_t)(u & 0x80000000u) << 32 | 0x7ff0000000000000u | (uint64_t)(u & 0x7fffffu) << 29;
+  if ((u & 0x7fffffffu) > 0x7f800000u)
+    return (uint64_t)(u & 0x80000000u) << 32 | 0x7ff0000000000000u | (uint64_t)(u & 0x7fffffu) << 29;
   return hm_f64_bits((double)x);
 }
 

@@ -88,7 +88,7 @@ HM_FN float hm_sqrt_f32(float x) { return sqrtf(x); }
 HM_FN float hm_floor_f32(float x) {
   const uint32_t bits = hm_f32_bits(x), sign = bits & 0x80000000u;
   const uint32_t fits = (uint32_t)((int32_t)((bits & 0x7fffffffu) - 0x4b000000u) >> 31); /* all ones below 2^23 */
-  const float small = hm_bits_f32(bits & (fits | sign));                                 /* larger ones are integers already */
+  const float small = hm_bits_f32(bits & (fits | sign)); /* larger ones are integers already */
   const float t = (float)(int32_t)small;
   const float f = t > small ? t - 1.0f : t;
   return hm_bits_f32(((hm_f32_bits(f) | sign) & fits) | (bits & ~fits));
@@ -107,7 +107,7 @@ HM_FN float hm__exp_reduce_f32(float x, float more, int32_t *k) {
   const float t = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the integer lands in the low bits */
   const float kf = t - 12582912.0f;
   *k = (int32_t)((hm_f32_bits(t) << 9) - 0x80000000u) >> 9; /* sign-extended low 23 bits of t, of any t */
-  const float r = x - kf * 0.693359375f; /* 9 bits: the product is exact */
+  const float r = x - kf * 0.693359375f;                    /* 9 bits: the product is exact */
   return r - (kf * -2.12194440e-4f - more);
 }
 
@@ -204,7 +204,8 @@ HM_FN float hm__erfc_core_f32(float a) {
   const float h = hm_bits_f32(hm_f32_bits(c) & 0xfffff000u); /* 12 bits: h * h is exact */
   int32_t k;
   const float r = hm__exp_reduce_f32(-(h * h), (h - c) * (h + c), &k);
-  const double top = 1.2530080591178546 + (double)(p * q); /* in float32 the last four roundings would add up to 3 ulp */
+  const double top =
+      1.2530080591178546 + (double)(p * q); /* in float32 the last four roundings would add up to 3 ulp */
   const double y = top / (1.0 + 2.0 * (double)c);
   return hm__scale_f32((float)(y + y * (double)hm__exp_tail_f32(r)), k);
 }
@@ -252,7 +253,8 @@ HM_FN double hm__sin_core_f32(float x, uint64_t quarter) {
   const double a = (double)hm_abs_f32(x);
   const double w0 = 0x1.45f3068p-1, w1 = 0x1.7272208p-27, w2 = 0x1.4a7f090p-54, w3 = 0x1.abe8fa8p-79;
   const double w4 = 0x1.a6ee060p-107, w5 = 0x1.b629590p-132;
-  const double r2 = 0x1.4a7f09d5f47d5p-54, r3 = 0x1.abe8fa9a6ee07p-79, r4 = 0x1.a6ee06db14acdp-107, r5 = 0x1.b6295993c4390p-132;
+  const double r2 = 0x1.4a7f09d5f47d5p-54, r3 = 0x1.abe8fa9a6ee07p-79, r4 = 0x1.a6ee06db14acdp-107,
+               r5 = 0x1.b6295993c4390p-132;
   const double r6 = 0x1.278872083fca3p-157;
   const double c0 = hm__sin_pick(a, 0.0, w0, w1, w2, w3);
   const double c1 = hm__sin_pick(a, w0, w1, w2, w3, w4);
@@ -298,7 +300,7 @@ HM_FN double hm__log2_f64(double x) {
   const uint64_t root_half = 0x3fe6a09e667f3bcdu, one = 0x3ff0000000000000u;
   const uint64_t bits = hm_f64_bits(x);
   const uint64_t biased = (bits - root_half + one) >> 52;
-  const double m = hm_bits_f64(bits - (biased << 52) + one); /* in [sqrt(1/2), sqrt(2)) */
+  const double m = hm_bits_f64(bits - (biased << 52) + one);                       /* in [sqrt(1/2), sqrt(2)) */
   const double e = hm_bits_f64(biased | 0x4330000000000000u) - 4503599627371519.0; /* 2^52 + 1023 */
   const double s = (m - 1.0) / (m + 1.0);
   const double z = s * s;
@@ -331,13 +333,15 @@ HM_FN double hm__exp2_f64(double x) {
 HM_FN float hm_pow_f32(float x, float y) {
   const float ax = hm_abs_f32(x);
   const float ay = hm_abs_f32(y);
-  const double edge = hm__pick_f64(ax == 0.0f, -(double)INFINITY, (double)ax); /* infinity and NaN are their own logarithm */
+  const double edge =
+      hm__pick_f64(ax == 0.0f, -(double)INFINITY, (double)ax); /* infinity and NaN are their own logarithm */
   const double l = hm__pick_f64((ax > 0.0f) & (ax < INFINITY), hm__log2_f64((double)ax), edge);
   double p = (double)y * l;
   p = p < -300.0 ? -300.0 : p;
   p = p > 300.0 ? 300.0 : p;
   const float r = (float)hm__exp2_f64(p);
-  const uint32_t fits = (uint32_t)((int32_t)(hm_f32_bits(ay) - 0x4b800000u) >> 31); /* from 2^24 on y is an even integer */
+  const uint32_t fits =
+      (uint32_t)((int32_t)(hm_f32_bits(ay) - 0x4b800000u) >> 31); /* from 2^24 on y is an even integer */
   const float whole = hm_bits_f32(hm_f32_bits(y) & fits);
   const int32_t iy = (int32_t)whole;
   const float known = hm__pick_f32((x < 0.0f) & (ax < INFINITY) & ((float)iy != whole), (float)NAN, r);

@@ -172,6 +172,36 @@ describe("the prompt", function()
   end)
 end)
 
+describe("help", function()
+  local help = require "halfmoon.help"
+  local hm = require "halfmoon"
+
+  it("describes every public function and class", function()
+    local spaces = {
+      ["hm"] = hm, tensor = require("halfmoon.core").Tensor, nn = hm.nn, ["nn.functional"] = hm.nn.functional,
+      ["nn.utils"] = hm.nn.utils, ["nn.init"] = hm.nn.init, optim = hm.optim, ["optim.lr_scheduler"] = hm.optim.lr_scheduler,
+      amp = hm.amp, data = hm.data, autograd = hm.autograd, cpu = hm.cpu,
+    }
+    local silent = {}
+    for space, content in pairs(spaces) do
+      for name, value in pairs(content) do
+        if not name:find("^_") and type(value) ~= "string" then
+          local text = help.text(space .. "." .. name, {hm = hm})
+          if text:find("^no help") or text:find("without a description", 1, true) or not text:find("[\n:>]") then
+            silent[#silent + 1] = space .. "." .. name
+          end
+        end
+      end
+    end
+    table.sort(silent)
+    assert.equal("", table.concat(silent, " "))
+  end)
+
+  it("keeps lines within the terminal", function()
+    for line in help.text("amp.GradScaler", {hm = hm}):gmatch("[^\n]+") do assert.truthy(#line <= 120, line) end
+  end)
+end)
+
 describe("completion", function()
   local complete = require("halfmoon.prompt").complete
   local env = setmetatable({hm = require "halfmoon"}, {__index = _G})

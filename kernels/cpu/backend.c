@@ -63,8 +63,8 @@ static void detect(hm_cpu_features *f) {
   __builtin_cpu_init();
   f->f16c = __builtin_cpu_supports("f16c");
   f->avx2 = __builtin_cpu_supports("avx2") && f->f16c;
-  f->avx512 = f->avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512dq");
+  f->avx512 = f->avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   f->avx512_bf16 = f->avx512 && __builtin_cpu_supports("avx512bf16");
   f->amx = f->avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
 #else
@@ -89,7 +89,8 @@ static void choose_isa(hm_cpu_features *f) {
   if (want ? !strcmp(want, "avx512") : has512) cpu.isa = &hm_isa_avx512;
   else if (want ? !strcmp(want, "avx2") : has2) cpu.isa = &hm_isa_avx2;
   if ((cpu.isa == &hm_isa_avx512 && !has512) || (cpu.isa == &hm_isa_avx2 && !has2)) {
-    refuse(HM_ERR_UNSUPPORTED, "HALFMOON_ISA: this processor has no %s\n  hint: %s", want, has2 ? "avx2 and baseline are there" : "baseline is there");
+    refuse(HM_ERR_UNSUPPORTED, "HALFMOON_ISA: this processor has no %s\n  hint: %s", want,
+           has2 ? "avx2 and baseline are there" : "baseline is there");
     cpu.isa = &hm_isa_baseline;
   }
   limit(f, cpu.isa != &hm_isa_baseline, cpu.isa == &hm_isa_avx512);

@@ -17,12 +17,12 @@
 #endif
 
 enum {
-  TILE = 512,     /* elements of a piece that passes through buffers */
-  BLOCK_BYTES = 128, /* a row of a block that is turned: input, block and output lie in L1 together */
-  BLOCK = 64,     /* side of a block at most */
+  TILE = 512,        /* elements of a piece that passes through buffers */
+  BLOCK_BYTES = 256, /* a row of a block that is turned: input, block and output lie in L1 together */
+  BLOCK = 64,        /* side of a block at most */
   SHORTEST_TURN = 8, /* with fewer input elements in a row, picking them one by one is as good */
-  LONG_ROW = 64,  /* rows from here on are converted one by one, shorter ones together */
-  GRAIN = 4096    /* elements: least share of a thread in a contiguous copy */
+  LONG_ROW = 64,     /* rows from here on are converted one by one, shorter ones together */
+  GRAIN = 4096       /* elements: least share of a thread in a contiguous copy */
 };
 
 /* One copy, as the threads share it. */
@@ -31,18 +31,18 @@ typedef struct job {
   const char *src;
   int dst_dtype, src_dtype, dst_size, src_size;
   hm_loop loop;
-  int turn;                 /* the dim along which the input is contiguous; -1: no block is turned */
-  int64_t rows, cols;       /* sizes of dim `turn` (else the second innermost) and of the innermost */
+  int turn;           /* the dim along which the input is contiguous; -1: no block is turned */
+  int64_t rows, cols; /* sizes of dim `turn` (else the second innermost) and of the innermost */
   int64_t tile_rows, tile_cols, row_tiles, col_tiles, tiles;
-  int row_dim;              /* -1: a single dim */
+  int row_dim; /* -1: a single dim */
 } job;
 
 /* ====== Pieces ====== */
 
 /* d[r * drow + c * dcol] = s[r * srow + c * scol] */
 #define COPY_2D(type)                                                                                                  \
-  static void copy_##type(type *restrict d, int64_t drow, int64_t dcol, const type *restrict s, int64_t srow, int64_t scol, int64_t rows, \
-                          int64_t cols) {                                                                              \
+  static void copy_##type(type *restrict d, int64_t drow, int64_t dcol, const type *restrict s, int64_t srow,          \
+                          int64_t scol, int64_t rows, int64_t cols) {                                                  \
     for (int64_t r = 0; r < rows; r++) {                                                                               \
       for (int64_t c = 0; c < cols; c++) d[r * drow + c * dcol] = s[r * srow + c * scol];                              \
     }                                                                                                                  \
@@ -52,7 +52,8 @@ COPY_2D(uint16_t)
 COPY_2D(uint32_t)
 COPY_2D(uint64_t)
 
-static void copy_2d(int size, void *d, int64_t drow, int64_t dcol, const void *s, int64_t srow, int64_t scol, int64_t rows, int64_t cols) {
+static void copy_2d(int size, void *d, int64_t drow, int64_t dcol, const void *s, int64_t srow, int64_t scol,
+                    int64_t rows, int64_t cols) {
   if (size == 4) copy_uint32_t(d, drow, dcol, s, srow, scol, rows, cols);
   else if (size == 2) copy_uint16_t(d, drow, dcol, s, srow, scol, rows, cols);
   else if (size == 8) copy_uint64_t(d, drow, dcol, s, srow, scol, rows, cols);
@@ -64,7 +65,8 @@ static void copy_2d(int size, void *d, int64_t drow, int64_t dcol, const void *s
 /* Turns 4 x 4 elements of 4 bytes. */
 static inline void turn_4x4(uint32_t *d, int64_t drow, const uint32_t *s, int64_t srow) {
   const __m128i a = _mm_loadu_si128((const __m128i *)s), b = _mm_loadu_si128((const __m128i *)(s + srow));
-  const __m128i c = _mm_loadu_si128((const __m128i *)(s + 2 * srow)), e = _mm_loadu_si128((const __m128i *)(s + 3 * srow));
+  const __m128i c = _mm_loadu_si128((const __m128i *)(s + 2 * srow)),
+                e = _mm_loadu_si128((const __m128i *)(s + 3 * srow));
   const __m128i ab0 = _mm_unpacklo_epi32(a, b), ab1 = _mm_unpackhi_epi32(a, b);
   const __m128i ce0 = _mm_unpacklo_epi32(c, e), ce1 = _mm_unpackhi_epi32(c, e);
   _mm_storeu_si128((__m128i *)d, _mm_unpacklo_epi64(ab0, ce0));
@@ -94,7 +96,8 @@ static inline void turn_8x8(uint16_t *d, int64_t drow, const uint16_t *s, int64_
 }
 
 /* Turns as much as whole squares of 16-byte rows cover; tells how much that is. */
-static void turn_squares(int size, char *d, int64_t drow, const char *s, int64_t srow, int64_t rows, int64_t cols, int64_t *done_rows, int64_t *done_cols) {
+static void turn_squares(int size, char *d, int64_t drow, const char *s, int64_t srow, int64_t rows, int64_t cols,
+                         int64_t *done_rows, int64_t *done_cols) {
   const int64_t side = 16 / size;
   *done_rows = rows / side * side;
   *done_cols = cols / side * side;
@@ -114,8 +117,10 @@ static void turn(int size, char *d, int64_t drow, const char *s, int64_t srow, i
 #if defined(__SSE2__)
   if (size == 4 || size == 2) turn_squares(size, d, drow, s, srow, rows, cols, &done_rows, &done_cols);
 #endif
-  if (done_cols < cols) copy_2d(size, d + done_cols * size, drow, 1, s + done_cols * srow * size, 1, srow, done_rows, cols - done_cols);
-  if (done_rows < rows) copy_2d(size, d + done_rows * drow * size, drow, 1, s + done_rows * size, 1, srow, rows - done_rows, cols);
+  if (done_cols < cols)
+    copy_2d(size, d + done_cols * size, drow, 1, s + done_cols * srow * size, 1, srow, done_rows, cols - done_cols);
+  if (done_rows < rows)
+    copy_2d(size, d + done_rows * drow * size, drow, 1, s + done_rows * size, 1, srow, rows - done_rows, cols);
 }
 
 /* One block: the input is contiguous along the rows' dim, the output along the columns'. */
@@ -133,10 +138,12 @@ static void plain_tile(const job *j, char *dst, const char *src, int64_t rows, i
   _Alignas(64) char raw[TILE * 8], out[TILE * 8];
   const int inner = j->loop.ndim - 1;
   const int64_t dcol = j->loop.stride[0][inner], scol = j->loop.stride[1][inner];
-  const int64_t drow = j->row_dim >= 0 ? j->loop.stride[0][j->row_dim] : 0, srow = j->row_dim >= 0 ? j->loop.stride[1][j->row_dim] : 0;
+  const int64_t drow = j->row_dim >= 0 ? j->loop.stride[0][j->row_dim] : 0,
+                srow = j->row_dim >= 0 ? j->loop.stride[1][j->row_dim] : 0;
   if (dcol == 1 && scol == 1 && (cols >= LONG_ROW || rows == 1)) {
     for (int64_t r = 0; r < rows; r++)
-      HM_ISA_FN(hm_cpu_convert)(dst + r * drow * j->dst_size, j->dst_dtype, src + r * srow * j->src_size, j->src_dtype, cols);
+      HM_ISA_FN(hm_cpu_convert)
+      (dst + r * drow * j->dst_size, j->dst_dtype, src + r * srow * j->src_size, j->src_dtype, cols);
   } else if (j->dst_dtype == j->src_dtype) {
     copy_2d(j->dst_size, dst, drow, dcol, src, srow, scol, rows, cols);
   } else {
@@ -213,7 +220,8 @@ static void copy_flat(const job *j, int64_t n, int threads) {
   {
     int64_t first, last;
     hm__share(n, GRAIN, omp_get_thread_num(), omp_get_num_threads(), &first, &last);
-    HM_ISA_FN(hm_cpu_convert)(j->dst + first * j->dst_size, j->dst_dtype, j->src + first * j->src_size, j->src_dtype, last - first);
+    HM_ISA_FN(hm_cpu_convert)
+    (j->dst + first * j->dst_size, j->dst_dtype, j->src + first * j->src_size, j->src_dtype, last - first);
   }
 }
 

@@ -24,12 +24,12 @@ typedef struct hm_tile {
 #include "tiles.h"
 
 enum {
-  TILE_BYTES = 4096,    /* one buffer */
-  TILE = 512,           /* elements of a tile when anything is gathered */
-  DIRECT_TILE = 16384,  /* elements of a tile when nothing is */
-  BLOCK_ROWS = 16,      /* shape of a tile when an operand runs along the rows: each cache line serves 16 of them */
+  TILE_BYTES = 4096,   /* one buffer */
+  TILE = 512,          /* elements of a tile when anything is gathered */
+  DIRECT_TILE = 16384, /* elements of a tile when nothing is */
+  BLOCK_ROWS = 16,     /* shape of a tile when an operand runs along the rows: each cache line serves 16 of them */
   BLOCK_COLS = 32,
-  SHORT_ROW = 64        /* rows below this are collected first and converted together */
+  SHORT_ROW = 64 /* rows below this are collected first and converted together */
 };
 
 typedef union number {
@@ -74,8 +74,9 @@ typedef struct scratch {
 
 /* rows x cols elements with any strides to dense ones (or, out of a dense block, the other way round). */
 #define STRIDED_COPIES(type)                                                                                           \
-  static void pick_##type(type *restrict d, const type *restrict s, int64_t rows, int64_t cols, int64_t row, int64_t col) { \
-    if (row == 1) { /* memory runs along the rows: whole cache lines at a time */                                     \
+  static void pick_##type(type *restrict d, const type *restrict s, int64_t rows, int64_t cols, int64_t row,           \
+                          int64_t col) {                                                                               \
+    if (row == 1) { /* memory runs along the rows: whole cache lines at a time */                                      \
       for (int64_t c = 0; c < cols; c++) {                                                                             \
         for (int64_t r = 0; r < rows; r++) d[r * cols + c] = s[r + c * col];                                           \
       }                                                                                                                \
@@ -85,7 +86,8 @@ typedef struct scratch {
       for (int64_t c = 0; c < cols; c++) d[r * cols + c] = s[r * row + c * col];                                       \
     }                                                                                                                  \
   }                                                                                                                    \
-  static void place_##type(type *restrict d, const type *restrict s, int64_t rows, int64_t cols, int64_t row, int64_t col) { \
+  static void place_##type(type *restrict d, const type *restrict s, int64_t rows, int64_t cols, int64_t row,          \
+                           int64_t col) {                                                                              \
     for (int64_t r = 0; r < rows; r++) {                                                                               \
       for (int64_t c = 0; c < cols; c++) d[r * row + c * col] = s[r * cols + c];                                       \
     }                                                                                                                  \
@@ -310,8 +312,11 @@ int HM_ISA_FN(hm_cpu_elementwise)(const hm_kernel_call *call) {
   const int64_t numel = hm__loop_make(&j.loop, &call->out[0], call->n_in, call->in);
   j.fn = &hm_tiles[call->op];
   j.dtype = call->compute;
-  const bool known = j.dtype == HM_F32 ? j.fn->f32 != NULL : (j.dtype == HM_F64 ? j.fn->f64 != NULL : j.dtype == HM_I64 && j.fn->i64);
-  if (!known) return hm_cpu_fail(HM_ERR_DTYPE, "elementwise op %d: cannot be computed in %s", call->op, hm_dtype_name(call->compute));
+  const bool known =
+      j.dtype == HM_F32 ? j.fn->f32 != NULL : (j.dtype == HM_F64 ? j.fn->f64 != NULL : j.dtype == HM_I64 && j.fn->i64);
+  if (!known)
+    return hm_cpu_fail(HM_ERR_DTYPE, "elementwise op %d: cannot be computed in %s", call->op,
+                       hm_dtype_name(call->compute));
   if (numel == 0) return HM_OK;
   j.attr = call->attr;
   j.size = hm_dtype_size(j.dtype);

@@ -306,7 +306,7 @@ static void make_normal_f32(const task *t, int64_t first, int64_t n, void *value
 #pragma GCC ivdep
   for (int64_t k = 0; k < (n + 1) / 2; k++) {
     const float u = (float)(int32_t)(words[2 * k] >> 1) * 4.6566129e-10f + 2.3283064e-10f; /* 2^-31, 2^-32: never 0 */
-    const float angle = (float)(int32_t)(words[2 * k + 1] >> 8) * 3.7450704e-7f; /* 2 pi 2^-24 */
+    const float angle = (float)(int32_t)(words[2 * k + 1] >> 8) * 3.7450704e-7f;           /* 2 pi 2^-24 */
     const float r = hm_sqrt_f32(-2.0f * hm_log_f32(u));
     v[2 * k] = mean + std * (r * hm_cos_f32(angle));
     v[2 * k + 1] = mean + std * (r * hm_sin_f32(angle));
@@ -377,7 +377,8 @@ static int normal(task *t, double mean, double std) {
 }
 
 static int random_integers(task *t, int64_t low, int64_t high) {
-  if (low >= high) return hm_cpu_fail(HM_ERR_ARG, "random_: low %lld must be below high %lld", (long long)low, (long long)high);
+  if (low >= high)
+    return hm_cpu_fail(HM_ERR_ARG, "random_: low %lld must be below high %lld", (long long)low, (long long)high);
   t->random.low = low;
   t->random.range = (uint64_t)high - (uint64_t)low;
   t->dtype = HM_I64;
@@ -391,7 +392,8 @@ int HM_ISA_FN(hm_cpu_random)(const hm_kernel_call *call) {
   t.offset = (uint64_t)call->attr[2].v[1];
   const hm_attr *const a = call->attr;
   if (call->op == HM_OP_RANDOM_) return random_integers(&t, a[0].i, a[1].i);
-  if (!hm_dtype_is_float(t.out->dtype)) return hm_cpu_fail(HM_ERR_DTYPE, "random numbers: a floating dtype is wanted, not %s", hm_dtype_name(t.out->dtype));
+  if (!hm_dtype_is_float(t.out->dtype))
+    return hm_cpu_fail(HM_ERR_DTYPE, "random numbers: a floating dtype is wanted, not %s", hm_dtype_name(t.out->dtype));
   if (call->op == HM_OP_UNIFORM_) return uniform(&t, a[0].f, a[1].f);
   if (call->op == HM_OP_NORMAL_) return normal(&t, a[0].f, a[1].f);
   return hm_cpu_fail(HM_ERR_UNSUPPORTED, "random numbers: op %d is unknown to the cpu", call->op);

@@ -34,7 +34,8 @@ static int zero(const hm_view *out) {
 }
 
 /* Writes g at its places; out holds zeros. */
-static int scatter(const walk *w, const hm_view *g, const hm_view *index, const hm_view *out, int64_t size, int64_t step) {
+static int scatter(const walk *w, const hm_view *g, const hm_view *index, const hm_view *out, int64_t size,
+                   int64_t step) {
   const int g_bytes = hm_dtype_size(g->dtype), out_bytes = hm_dtype_size(out->dtype);
   int64_t n = 1;
   for (int d = 0; d < w->ndim; d++) n *= w->shape[d];
@@ -48,10 +49,14 @@ static int scatter(const walk *w, const hm_view *g, const hm_view *index, const 
       at += i * w->out[d];
     }
     int64_t place;
-    HM_ISA_FN(hm_cpu_convert)(&place, HM_I64, (const char *)index->data + at_index * hm_dtype_size(index->dtype), index->dtype, 1);
+    HM_ISA_FN(hm_cpu_convert)
+    (&place, HM_I64, (const char *)index->data + at_index * hm_dtype_size(index->dtype), index->dtype, 1);
     if (place < 0 || place >= size)
-      return hm_cpu_fail(HM_ERR_ARG, "select_backward: index %lld is outside of [0, %lld)", (long long)place, (long long)size);
-    HM_ISA_FN(hm_cpu_convert)((char *)out->data + (at + place * step) * out_bytes, out->dtype, (const char *)g->data + at_g * g_bytes, g->dtype, 1);
+      return hm_cpu_fail(HM_ERR_ARG, "select_backward: index %lld is outside of [0, %lld)", (long long)place,
+                         (long long)size);
+    HM_ISA_FN(hm_cpu_convert)
+    ((char *)out->data + (at + place * step) * out_bytes, out->dtype, (const char *)g->data + at_g * g_bytes, g->dtype,
+     1);
   }
   return HM_OK;
 }

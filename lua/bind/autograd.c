@@ -155,7 +155,7 @@ static int run_hook(lua_State *L) {
 
 static int on_gradient(void *ud, hm_tensor *grad, hm_tensor **replacement) {
   hook_call call = {ud, grad, NULL};
-  const int status = hb_protected(hb_now.L, run_hook, &call, 0, true);
+  const int status = hb_protected_inside(hb_now.L, run_hook, &call);
   if (!status && call.result) *replacement = call.result;
   return status;
 }
@@ -254,7 +254,7 @@ static int run_custom(lua_State *L) {
 
 static int on_custom(void *ud, int n_out, hm_tensor *const *grad, int n_in, hm_tensor **grad_in) {
   custom_call call = {ud, n_out, n_in, grad, grad_in};
-  return hb_protected(hb_now.L, run_custom, &call, 0, true);
+  return hb_protected_inside(hb_now.L, run_custom, &call);
 }
 
 /* core.record_custom(name, inputs, outputs, backward) */

@@ -192,6 +192,9 @@ const char *hb_came(lua_State *L, int idx);
 
 /* The mode userdata of coroutine L: pushed.  Makes it when L is new. */
 hm_mode *hb_push_mode(lua_State *L, hb_state *st);
+/* hb_protected without extra arguments, for callbacks from the middle of a call into core (hooks in a backward walk): the coroutine takes on the mode
+ * that core is in, so that scopes opened by the callback act on it, and has its own back afterwards, whatever coroutines ran meanwhile. */
+int hb_protected_inside(lua_State *L, lua_CFunction fn, void *argument);
 
 /* ====== pressure.c ====== */
 void hb_pressure_install(void);

@@ -80,22 +80,46 @@ static void close_guard(guard *g) {
   if (g->below) g->below->above = g->above;
 }
 
+/* Makes g the innermost open guard of its kind; the mode is still as it was. */
+static void open_guard(guard *g, hb_mode *m, kind k) {
+  g->kind = k;
+  g->owner = m;
+  g->former = m->mode;
+  g->below = m->top[k];
+  g->above = NULL;
+  if (g->below) g->below->above = g;
+  m->top[k] = g;
+  g->open = true;
+}
+
 /* Pushes an open guard on the current coroutine; its mode is still as it was. */
 static guard *push_guard(lua_State *L, hb_state *st, kind k) {
   luaL_checkstack(L, 8, NULL);
   guard *g = lua_newuserdatauv(L, sizeof *g, 1);
   memset(g, 0, sizeof *g);
-  g->kind = k;
   luaL_setmetatable(L, HB_GUARD);
   hb_mode *m = (hb_mode *)hb_push_mode(L, st);
   lua_setiuservalue(L, -2, 1);
-  g->owner = m;
-  g->former = m->mode;
-  g->below = m->top[k];
-  if (g->below) g->below->above = g;
-  m->top[k] = g;
-  g->open = true;
+  open_guard(g, m, k);
   return g;
+}
+
+int hb_protected_inside(lua_State *L, lua_CFunction fn, void *argument) {
+  hm_mode *const inside = hm_mode_current();
+  if (!lua_checkstack(L, LUA_MINSTACK)) return hm_fail(HM_ERR_CALLBACK, "callback: the Lua stack is full");
+  hb_mode *m = (hb_mode *)hb_push_mode(L, hb_now.state); /* there already, so nothing is allocated */
+  guard lent[KIND_COUNT];
+  const bool lend = &m->mode != inside;
+  for (int k = 0; lend && k < KIND_COUNT; k++) open_guard(&lent[k], m, (kind)k);
+  if (lend) {
+    m->mode = *inside;
+    hm_mode_switch(&m->mode);
+  }
+  const int status = hb_protected(L, fn, argument, 0, true);
+  for (int k = 0; lend && k < KIND_COUNT; k++) close_guard(&lent[k]);
+  hm_mode_switch(inside);
+  lua_pop(L, 1);
+  return status;
 }
 
 static int l_guard_close(lua_State *L) {

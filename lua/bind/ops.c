@@ -522,7 +522,7 @@ static void log_event(void *ud, const hm_op_event *event) {
   hb_state *st = hb_now.state;
   if (!st || st->logging) return;
   st->logging = true; /* ops of the log function are not logged */
-  hb_protected(hb_now.L, log_call, (void *)event, 0, true);
+  hb_protected_inside(hb_now.L, log_call, (void *)event);
   st->logging = false;
 }
 

@@ -18,11 +18,11 @@ local Context = {}
 Context.__index = Context
 
 --- Keeps tensors for backward.
----@param ... userdata
+---@param ... Tensor
 function Context:save_for_backward(...) self.kept = table.pack(...) end
 
 --- The tensors that were kept.
----@return ... userdata
+---@return ... Tensor
 function Context:saved()
   if not self.kept then raise("%s: saved() was called, but forward kept nothing with save_for_backward", self.name) end
   return table.unpack(self.kept, 1, self.kept.n)
@@ -79,8 +79,8 @@ local check_spec = {
 }
 
 --- Compares the gradients of fn(inputs...) (its sum) with finite differences.  Raises where they differ.
----@param fn fun(...: userdata): userdata
----@param inputs userdata[] float64 tensors that want a gradient
+---@param fn fun(...: Tensor): Tensor
+---@param inputs Tensor[] float64 tensors that want a gradient
 ---@param opts {eps: number, atol: number, rtol: number}?
 ---@return boolean true
 function autograd.gradcheck(fn, inputs, opts)

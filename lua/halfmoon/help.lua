@@ -223,12 +223,24 @@ end
 
 local function is_class(value) return type(value) == "table" and rawget(value, "__class") ~= nil end
 
--- Help on a Lua function, from the comment above it; nil where it has no source.
+-- Help on a Lua function: the comment above it, or one that begins with its name; at least how it is called.  nil where it has no source.
 local function function_text(name, fn)
   local info = debug.getinfo(fn, "S")
   local lines = info.what ~= "C" and info.source:sub(1, 1) == "@" and lines_of(info.source:sub(2))
   if not lines or not lines[info.linedefined] then return nil end
+  if #comment_above(lines, info.linedefined) == 0 then
+    local text = in_comments(name)
+    if text then return text end
+  end
   return documented(name, lines, info.linedefined)
+end
+
+-- nn.ReLU does what the op relu does, nn.MSELoss what nn.functional.mse_loss does: the line that says so.
+local function namesake(class_name)
+  local name = class_name:gsub("Loss$", "_loss"):lower()
+  local row = row_of(name)
+  if row then return "  " .. row.doc .. "  As a function: ? " .. name end
+  if require("halfmoon").nn.functional[name] then return "  As a function: ? nn.functional." .. name end
 end
 
 -- The public names of a table, functions marked by brackets.
@@ -245,8 +257,9 @@ end
 
 local function class_text(name, class)
   local init = rawget(class, "init")
-  local text = init and function_text(name, init) or name
-  -- The line that defines init reads "function Linear:init(...)"; its comment describes the class.
+  -- The comment above "function Linear:init(...)" describes the class.
+  local text = init and function_text(name, init) or name .. "()"
+  if not text:find("[\n:]") then text = text .. "\n" .. (namesake(class.__class) or "") end
   local methods = public_names(class)
   local own = {}
   for _, method in ipairs(methods) do
@@ -275,6 +288,10 @@ end
 local function c_function_text(name, last)
   local text = in_comments(name)
   if text then return text end
+  local plain = last:match("^(.*[^_])_$")
+  if plain and not row_of(last) and row_of(plain) then
+    return ("%s is %s in place: the result replaces the tensor.\n\n%s"):format(last, plain, op_text(row_of(plain)))
+  end
   local row = row_of(last)
   if row and row.lua ~= "no" then return op_text(row) end
   local lines, at = in_meta(nil, last)
@@ -321,8 +338,9 @@ local function resolve(path, env)
   if #keys == 0 then return nil end
   local at = env
   for i, key in ipairs(keys) do
-    if i == 1 and at[key] == nil and (key == "tensor" or key == "Tensor" or key == "t") then
-      at = core.Tensor
+    if i == 1 and at[key] == nil then
+      at = (key == "tensor" or key == "Tensor" or key == "t") and core.Tensor or require("halfmoon")[key]
+      if at == nil then return nil end
     else
       local ok, value = pcall(function() return at[key] end)
       if not ok or value == nil then return nil end
@@ -359,11 +377,25 @@ local function suggestions(name)
   return names
 end
 
---- What `? topic` prints.
----@param topic string a name, with or without what it belongs to; "" for the overview
----@param env table the environment in which the prompt runs
----@return string
-function help.text(topic, env)
+-- Breaks lines that are wider than the terminal at a space; what follows stands as far in as the line did, headings' rest by two.
+local function wrap(text)
+  local width, out = math.max(40, core.term_width() - 1), {}
+  for line in (text .. "\n"):gmatch("(.-)\n") do
+    local indent = line:match("^%s+") or "  "
+    while #line > width do
+      local cut = line:sub(#indent + 1, width):match("^.*()%s")
+      if not cut then break end
+      cut = cut + #indent
+      out[#out + 1] = line:sub(1, cut - 1)
+      line = indent .. line:sub(cut + 1):gsub("^%s+", "")
+    end
+    out[#out + 1] = line
+  end
+  return table.concat(out, "\n")
+end
+
+-- Help on a name, or what comes close to it.
+local function explain(topic, env)
   if topic == "" then return WELCOME end
   local path = topic:gsub("%s+", ""):gsub("%(.*%)$", ""):gsub(":", ".")
   local last = path:match("([%w_]+)$")
@@ -388,5 +420,11 @@ function help.text(topic, env)
   local close = suggestions(last)
   return ("no help on '%s'%s"):format(topic, #close > 0 and "; close to it: " .. table.concat(close, ", ") or ": ? lists what there is")
 end
+
+--- What `? topic` prints.
+---@param topic string a name, with or without what it belongs to; "" for the overview
+---@param env table the environment in which the prompt runs
+---@return string
+function help.text(topic, env) return wrap(explain(topic, env)) end
 
 return help

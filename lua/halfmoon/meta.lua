@@ -122,6 +122,14 @@ function hm.is_grad_enabled() end
 ---@param seed integer
 function hm.manual_seed(seed) end
 
+--- Where the random numbers stand: {seed =, offset =}.
+---@return table
+function hm.rng_state() end
+
+--- Puts the random numbers back to where rng_state() found them.
+---@param state table
+function hm.set_rng_state(state) end
+
 --- Sets how many threads ops use.
 ---@param n integer
 function hm.set_num_threads(n) end
@@ -163,6 +171,22 @@ function Tensor:item() end
 ---@return table
 function Tensor:totable() end
 
+--- Whether the dtype is a floating one.
+---@return boolean
+function Tensor:is_floating_point() end
+
+--- Bytes of one element.
+---@return integer
+function Tensor:element_size() end
+
+--- The address of the first element, to tell whether two tensors share memory.
+---@return integer
+function Tensor:data_ptr() end
+
+--- How often the tensor's memory was written to by in-place ops; its views share the count.
+---@return integer
+function Tensor:version() end
+
 --- Whether elements lie row-major without gaps.
 ---@return boolean
 function Tensor:is_contiguous() end
@@ -190,9 +214,30 @@ function Tensor:bfloat16() end
 ---@return Tensor
 function Tensor:double() end
 
+--- to("int64").
+---@return Tensor
+function Tensor:long() end
+
+--- to("int32").
+---@return Tensor
+function Tensor:int() end
+
+--- to("uint8").
+---@return Tensor
+function Tensor:byte() end
+
+--- to("bool"): what is not zero becomes true.
+---@return Tensor
+function Tensor:bool() end
+
 --- to("cpu").
 ---@return Tensor
 function Tensor:cpu() end
+
+--- to("cuda:index").
+---@param index integer? from 0
+---@return Tensor
+function Tensor:cuda(index) end
 
 --- A copy with memory of its own; gradients flow through it.
 ---@return Tensor
@@ -231,6 +276,19 @@ function Tensor:max(dim, keepdim) end
 ---@return Tensor values
 ---@return Tensor? indices
 function Tensor:min(dim, keepdim) end
+
+--- The slice at one position of a dim, which goes: a view.
+---@param dim integer
+---@param index integer from 1, negative from the end
+---@return Tensor
+function Tensor:select(dim, index) end
+
+--- A range of a dim: a view.
+---@param dim integer
+---@param start integer first position, from 1
+---@param length integer
+---@return Tensor
+function Tensor:narrow(dim, start, length) end
 
 -- ====== Tensors: gradients ======
 

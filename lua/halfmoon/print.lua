@@ -168,7 +168,7 @@ local function add_slices(lines, values, depth, shape, prefix, summary, to_rows,
 end
 
 --- [f16 2x3, cpu]
----@param t userdata
+---@param t Tensor
 ---@return string
 function printer.footer(t)
   local shape = t:dim() == 0 and "scalar" or table.concat(t.shape, "x")
@@ -177,7 +177,7 @@ function printer.footer(t)
 end
 
 --- A tensor as text.
----@param t userdata
+---@param t Tensor
 ---@param columns integer? width to fit; default: the terminal's, else 80
 ---@return string
 function printer.format(t, columns)

@@ -150,7 +150,7 @@ class Run:
 
     def peak_bytes(self):
         """The most that tensors take at once during a step, without the batch itself."""
-        at_start = self.fixed_bytes() + sum(p.grad.numel() * 4 for p in self.model.parameters() if p.grad is not None)
+        self.optimizer.zero_grad(set_to_none=True)  # the profiler does not see what was there before being released
         with torch.autograd.profiler.profile(profile_memory=True) as profile:
             self.step()
         events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
@@ -159,7 +159,7 @@ class Run:
         for event in sorted(events, key=lambda e: getattr(e, begin)()):
             live += event.nbytes()
             peak = max(peak, live)
-        return at_start + peak
+        return self.fixed_bytes() + peak
 
 
 # ====== Commands ======

@@ -35,7 +35,8 @@ function M.fill(a, i)
   if a.type == "rng" then return ("  at[%d] = (hm_attr){.n = 0};\n"):format(i) end
   if a.type == "float" then return ("  at[%d].f = %s;\n"):format(i, a.name) end
   if M.is_list(a.type) then
-    return ("  at[%d].n = n_%s;\n  for (int k = 0; k < n_%s && k < HM_MAX_NDIM; k++) at[%d].v[k] = %s[k];\n"):format(i, a.name, a.name, i, a.name)
+    return ("  at[%d].n = n_%s;\n  for (int k = 0; k < n_%s && k < HM_MAX_NDIM; k++) at[%d].v[k] = %s[k];\n"):format(
+      i, a.name, a.name, i, a.name)
   end
   return ("  at[%d].i = %s;\n"):format(i, a.name)
 end

@@ -1,9 +1,9 @@
 -- emit_backward.lua -- backward.c: each row's gradient expressions as op calls.
 --
--- A function gets the gradients of the outputs and sets those of the inputs that are wanted.  The outermost call of an expression writes the
--- dtype that the input's edge wants, so nothing is rounded twice; shapes are fitted by the engine.
+-- A function gets the gradients of the outputs and sets those of the inputs that are wanted.  The outermost call of an
+-- expression writes the dtype that the input's edge wants, so nothing is rounded twice; shapes are fitted by the
+-- engine.
 
-local expr = require "expr"
 local rows = require "rows"
 local attrs = require "attrs"
 
@@ -15,7 +15,8 @@ end
 
 local function fail(op, message) error(("kernels/ops.def: %s: gradient: %s"):format(op.signature, message), 0) end
 
---- Names of saved inputs and outputs: everything an expression uses as a value (not only inside shape(), size(), reduced_count()).
+--- Names of saved inputs and outputs: everything an expression uses as a value (not only inside shape(), size(),
+-- reduced_count()).
 local function saved_names(e, set)
   if e[1] == "id" then set[e[2]] = true
   elseif e[1] == "bin" then saved_names(e[3], set) saved_names(e[4], set)
@@ -56,7 +57,8 @@ function Emitter:attribute(e, want)
     self:line("hm_attr %s = {.n = 0};", name)
     self:line("hm__inverse_dims(&n->attr[%d], &%s);", find(op.attrs, e[3][1][2]) - 1, name)
   elseif e[1] == "call" and e[2] == "size" then
-    self:line("hm_attr %s = {.i = hm__edge_size(n, %d, n->attr[%d].i)};", name, find(op.inputs, e[3][1][2]) - 1, find(op.attrs, e[3][2][2]) - 1)
+    local input, dim = find(op.inputs, e[3][1][2]), find(op.attrs, e[3][2][2])
+    self:line("hm_attr %s = {.i = hm__edge_size(n, %d, n->attr[%d].i)};", name, input - 1, dim - 1)
   else
     fail(op, "cannot use this as attribute " .. want.name)
   end

@@ -1,4 +1,5 @@
--- emit_table.lua -- optable.c: hm__ops[], one hm_op_info per row.  Runs after emit_backward, which works out what is saved.
+-- emit_table.lua -- optable.c: hm__ops[], one hm_op_info per row.  Runs after emit_backward, which works out what is
+-- saved.
 
 local attrs = require "attrs"
 
@@ -16,8 +17,9 @@ local function attr_rows(op, t)
   if #op.attrs == 0 then return end
   t[#t + 1] = ("static const hm_attr_info attrs_%s[] = {\n"):format(op.name)
   for _, a in ipairs(op.attrs) do
-    t[#t + 1] = ("  {%s, HM_ATTR_%s, %s, %s, %s},\n"):format(quote(a.name), a.type:upper(), bool(a.optional or a.default or a.type == "rng"), attrs.default(a),
-      a.choices and ("choices_%s_%s"):format(op.name, a.name) or "NULL")
+    local optional = a.optional or a.default or a.type == "rng"
+    t[#t + 1] = ("  {%s, HM_ATTR_%s, %s, %s, %s},\n"):format(quote(a.name), a.type:upper(), bool(optional),
+      attrs.default(a), a.choices and ("choices_%s_%s"):format(op.name, a.name) or "NULL")
   end
   t[#t + 1] = "};\n"
 end

@@ -2,7 +2,8 @@
 --
 -- One grammar serves formulas (values, printed as C) and op expressions (gradients, turned into op calls).
 --   ?:  ||  &&  == !=  < > <= >=  + -  * /  unary - !  calls  names  numbers
--- A node is {kind, ...}: {"num", text} {"id", name} {"call", name, args} {"bin", op, a, b} {"neg", a} {"not", a} {"if", c, a, b}.
+-- A node is {kind, ...}: {"num", text} {"id", name} {"call", name, args} {"bin", op, a, b} {"neg", a} {"not", a}
+-- {"if", c, a, b}.
 
 local M = {}
 

@@ -9,8 +9,10 @@ local expr = require "expr"
 local M = {}
 
 local CLASSES = {L = true, F = true, P = true, T = true, t = true, i = true, b = true}
-local ATTR_TYPES = {int = true, ints = true, float = true, bool = true, dtype = true, shape = true, dim = true, dims = true, rng = true}
-local FIELDS = {family = 1, f = 1, fi = 1, ints = 1, d = 1, grad = 1, ulp = 1, lua = 1, meta = 1, domain = 1, doc = 1, partial = 1, infer = 1}
+local ATTR_TYPES = {}
+for name in ("int ints float bool dtype shape dim dims rng"):gmatch("%a+") do ATTR_TYPES[name] = true end
+local FIELDS = {}
+for name in ("family f fi ints d grad ulp lua meta domain doc partial infer"):gmatch("%a+") do FIELDS[name] = true end
 
 local function fail(row, message) error("kernels/ops.def: " .. row.signature .. ": " .. message, 0) end
 
@@ -26,13 +28,15 @@ local function parse_argument(row, text)
   if CLASSES[word] then
     local name, marks = rest:match("^([%a_][%w_]*)([?!]*)$")
     if not name then fail(row, "cannot read input '" .. text .. "'") end
-    table.insert(row.inputs, {name = name, cls = word, optional = marks:find("?", 1, true) ~= nil, mutated = marks:find("!", 1, true) ~= nil})
+    local optional, mutated = marks:find("?", 1, true) ~= nil, marks:find("!", 1, true) ~= nil
+    table.insert(row.inputs, {name = name, cls = word, optional = optional, mutated = mutated})
     return
   end
   local choices = word:match("^enum%((.*)%)$")
   if not choices and not ATTR_TYPES[word] then fail(row, "unknown class or type '" .. word .. "'") end
   local name, mark, default = rest:match("^([%a_][%w_]*)(%??)=?(.*)$")
-  local attr = {name = name, type = choices and "enum" or word, optional = mark == "?", default = default ~= "" and default or nil}
+  local attr = {name = name, type = choices and "enum" or word, optional = mark == "?"}
+  attr.default = default ~= "" and default or nil
   if choices then
     attr.choices = {}
     for c in choices:gmatch("[^|]+") do table.insert(attr.choices, c) end
@@ -57,11 +61,9 @@ local function parse_output(row, text, index)
 end
 
 local function parse_signature(row)
-  local name, args, outs = row.signature:match("^([%a_][%w_]*)%((.-)%)%s*%->%s*(.+)$")
-  -- enum(a|b) holds parentheses: take the last ") ->"
-  local head, tail = row.signature:match("^(.*)%)%s*%->%s*(.+)$")
-  if not name or not head then fail(row, "not a signature") end
-  args, outs = head:match("^[%a_][%w_]*%((.*)$"), tail
+  -- enum(a|b) holds parentheses: the greedy match ends at the last ") ->"
+  local name, args, outs = row.signature:match("^([%a_][%w_]*)%((.*)%)%s*%->%s*(.+)$")
+  if not name then fail(row, "not a signature") end
   row.name, row.inputs, row.attrs, row.outputs = name, {}, {}, {}
   for _, text in ipairs(split(args)) do parse_argument(row, text) end
   for i, text in ipairs(split(outs)) do parse_output(row, text, i) end
@@ -88,8 +90,10 @@ local function elementwise_row(name, inputs, attrs, formula, doc, ulp, domain)
     local shown = a.type .. " " .. a.name .. (a.default and "=" .. a.default or "")
     table.insert(texts, shown)
   end
-  local row = {signature = ("%s(%s) -> T"):format(name, table.concat(texts, ", ")), family = "elementwise", infer = "elementwise", ints = "no",
-    lua = "no", ulp = ulp, doc = doc, generated = true, f = formula, grad = {}, domain = domain}
+  local row = {
+    signature = ("%s(%s) -> T"):format(name, table.concat(texts, ", ")), family = "elementwise", infer = "elementwise",
+    ints = "no", lua = "no", ulp = ulp, doc = doc, generated = true, f = formula, grad = {}, domain = domain,
+  }
   parse_signature(row)
   return row
 end
@@ -139,7 +143,8 @@ local function derivative_rows(row, add)
       local formula = expr.parse(text)
       local name = row.name .. "_backward" .. (count > 1 and "_" .. input.name or "")
       local inputs, attrs = used_inputs(formula, "g", candidates, row.attrs)
-      local back = elementwise_row(name, inputs, attrs, formula, ("Gradient of %s by %s."):format(row.name, input.name), row.ulp * 4 + 4, row.domain)
+      local doc = ("Gradient of %s by %s."):format(row.name, input.name)
+      local back = elementwise_row(name, inputs, attrs, formula, doc, row.ulp * 4 + 4, row.domain)
       add(back)
       row.grad[i] = call_text(name, inputs, attrs)
       second_rows(back, add)
@@ -170,9 +175,12 @@ function M.load(path)
   end
 
   local function declare(raw, family)
-    local row = {raw = raw, signature = raw[1], family = raw.family or family, ints = raw.ints or (family == "view" and "keep" or "float"),
-      lua = raw.lua or "both", meta = raw.meta, ulp = raw.ulp or 0, domain = raw.domain or "real", doc = raw.doc,
-      partial = raw.partial, infer = raw.infer or raw.family or family, d = raw.d, grad = {}, generated = false}
+    local row = {
+      raw = raw, signature = raw[1], family = raw.family or family, infer = raw.infer or raw.family or family,
+      ints = raw.ints or (family == "view" and "keep" or "float"), lua = raw.lua or "both", meta = raw.meta,
+      ulp = raw.ulp or 0, domain = raw.domain or "real", doc = raw.doc, partial = raw.partial, d = raw.d,
+      grad = {}, generated = false,
+    }
     parse_signature(row)
     row.f = raw.f and expr.parse(raw.f)
     row.fi = raw.fi and expr.parse(raw.fi) or row.f

@@ -1,6 +1,7 @@
 -- elementwise.lua -- what each elementwise row of the op table should give, in doubles, by plain mathematics.
 --
--- One function per op, written from the definition, not from the row's formula.  Comparisons return booleans.  `attr` holds attributes by name.
+-- One function per op, written from the definition, not from the row's formula.  Comparisons return booleans.  `attr`
+-- holds attributes by name.
 -- A row without an entry here fails ops_spec.
 
 local M = {}

@@ -1,6 +1,7 @@
 -- naive.lua -- ops that are no formula, as plain loops over flat row-major arrays of doubles.
 --
--- An array is {shape = {...}, [1] = ..., [2] = ...}; dims count from 1 here, padding and strides are the same for both sides unless two are given.
+-- An array is {shape = {...}, [1] = ..., [2] = ...}; dims count from 1 here, padding and strides are the same for both
+-- sides unless two are given.
 
 local M = {}
 
@@ -44,7 +45,8 @@ end
 
 -- ====== Reductions ======
 
---- Groups the elements of a by what is left after reducing dims (a set; nil: all).  Calls visit(group position, value, position in group).
+--- Groups the elements of a by what is left after reducing dims (a set; nil: all).  Calls visit(group position, value,
+-- position in group).
 local function grouped(a, dims, visit)
   local kept = {}
   for d, s in ipairs(a.shape) do if dims and not dims[d] then kept[#kept + 1] = s end end

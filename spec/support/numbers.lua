@@ -33,7 +33,8 @@ function M.ulp(x, dtype)
   return 2.0 ^ (math.max(e, least) - digits + 1)
 end
 
---- Distance of a from the exact value b in units in the last place of dtype; 0 for equal, infinite where one is NaN or of another infinity.
+--- Distance of a from the exact value b in units in the last place of dtype; 0 for equal, infinite where one is NaN or
+-- of another infinity.
 -- A value past the format's largest counts as infinity within half an ulp of it.
 function M.ulps(a, b, dtype)
   if M.same(a, b) then return 0 end

@@ -125,17 +125,27 @@ local function exchange(self, runner)
   return kept, reset
 end
 
+--- Takes up a policy file that has changed; raises if it cannot be used, and keeps the version before.
+local function reread(self)
+  local new, failure = policies.refresh(self.policy)
+  if new then
+    local ok, kept, reset = pcall(exchange, self, new)
+    if ok then
+      self.told = {}
+      say(self, ("loss-scale policy '%s' read again from %s; reset: %s"):format(new.name, new.path,
+        #reset > 0 and table.concat(reset, ", ") or "nothing"))
+    else
+      failure = tostring(kept)
+      self.policy.mtime = new.mtime
+    end
+  end
+  if failure then error(failure .. "\n  the version before stays in use", 0) end
+end
+
 --- What the engine calls in update(): event -> next scale [, why to stop].  An error raised here is a fault.
 local function decide(self, event)
   self.heard = event
-  local new, failure = policies.refresh(self.policy)
-  if failure then error(failure .. "\n  the version before stays in use", 0) end
-  if new then
-    local _, reset = exchange(self, new)
-    say(self, ("loss-scale policy '%s' read again from %s; reset: %s"):format(new.name, new.path,
-      #reset > 0 and table.concat(reset, ", ") or "nothing"))
-    self.told = {}
-  end
+  reread(self)
   if type(self.state.scale) == "number" then self.state.scale = self.core:get_scale() end
   local told = {
     found_inf = event.found_inf, inf_count = event.inf_count, nan_count = event.nan_count, step = event.step,
@@ -167,10 +177,11 @@ local function connect(self)
   end)
 end
 
---- amp.GradScaler{init_scale = 2^16, growth_factor = 2, backoff_factor = 0.5, growth_interval = 2000, enabled = true,
---- policy = "dynamic", min_scale = 1, max_scale = 2^24, dtype = "float16", allow_f16_grads = false}.
---- policy: a name, a table or a file; further options go to it.  With dtype "bfloat16" or "float32" the scale stays at
---- 1 and gradients are only checked.
+--- amp.GradScaler{policy = "dynamic", ...}: scales losses so that gradients in float16 neither vanish nor overflow.
+--- Options: init_scale = 2^16, growth_factor = 2, backoff_factor = 0.5, growth_interval = 2000, min_scale = 1,
+--- max_scale = 2^24 (0 and math.huge switch the bounds off), enabled = true, allow_f16_grads = false.
+--- policy: a name, a table or a file; further options go to it.
+--- dtype = "bfloat16" or "float32": the scale stays at 1 and gradients are only checked.
 ---@param given table?
 ---@return GradScaler
 local function new(given)
@@ -244,8 +255,8 @@ end
 -- ====== The four steps ======
 
 --- The outputs times the scale, as float32: a tensor, or tables of tensors, which come back in the same form.
----@param outputs userdata|table
----@return userdata|table
+---@param outputs Tensor|table
+---@return Tensor|table
 function GradScaler:scale(outputs)
   if core.is_tensor(outputs) then return self.core:scale(outputs) end
   if type(outputs) ~= "table" then
@@ -311,7 +322,7 @@ end
 
 --- The next scale: the policy's, or new_scale (a number, or a tensor with one element).  Ends the iteration: every
 --- optimizer may be unscaled and stepped again.  Raises if the policy says stop.
----@param new_scale number|userdata?
+---@param new_scale number|Tensor?
 ---@return {old_scale: number, new_scale: number, event: string, message: string?}
 function GradScaler:update(new_scale)
   if core.is_tensor(new_scale) then
@@ -341,9 +352,8 @@ function GradScaler:update(new_scale)
     self.clean = heard.found_inf and 0 or self.clean + 1
     remember(self, {
       step = heard.step, event = record.event, old_scale = record.old_scale, new_scale = record.new_scale,
-      found_inf = heard.found_inf,
-      inf_count = heard.inf_count, nan_count = heard.nan_count, culprit = heard.found_inf and self.culprit or nil,
-      message = record.message,
+      found_inf = heard.found_inf, inf_count = heard.inf_count, nan_count = heard.nan_count,
+      culprit = heard.found_inf and self.culprit or nil, message = record.message,
     })
     self.culprit = nil
   end

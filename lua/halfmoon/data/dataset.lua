@@ -13,7 +13,7 @@ local dataset = {}
 -- ====== Dataset ======
 
 ---@class Dataset
----@field tensors userdata[] equal in size along dim 1
+---@field tensors Tensor[] equal in size along dim 1
 ---@field classes string[]? names of the class ids, from 0: classes[id + 1]
 local Dataset = {}
 Dataset.__index = Dataset
@@ -21,7 +21,7 @@ Dataset.__name = "Dataset"
 dataset.Dataset = Dataset
 
 --- A data set from tensors that have one row for each example: data.TensorDataset(images, labels).
----@param ... userdata
+---@param ... Tensor
 ---@return Dataset
 function dataset.TensorDataset(...)
   local tensors = {...}
@@ -44,7 +44,7 @@ function Dataset:__len() return self.tensors[1]:size(1) end
 
 --- The tensors of one example, as views.
 ---@param i integer from 1
----@return ... userdata
+---@return ... Tensor
 function Dataset:get(i)
   local row = {}
   for n, t in ipairs(self.tensors) do row[n] = t:select(1, i) end
@@ -79,7 +79,7 @@ end
 
 --- Reads an IDX file, plain or gzip.
 ---@param path string
----@return userdata tensor of the file's dtype
+---@return Tensor tensor of the file's dtype
 function dataset.idx(path)
   if type(path) ~= "string" then raise("data.idx: expected a path, not %s", describe(path)) end
   local ok, result = pcall(core.idx, path)

@@ -62,9 +62,10 @@ local function conversion(first, opts)
   return dtype or "float32", 1 / (unit * normalize.std), -normalize.mean / normalize.std
 end
 
---- data.DataLoader{dataset, batch_size = 32, shuffle = false, seed = 0, drop_last = false, prefetch = 2, dtype =,
---- normalize = {mean =, std =}, transforms =}.  normalize makes float32 of the first tensor: bytes become 0 to 1, then
---- (x - mean) / std.  transforms: functions of a batch's tensors that return them changed.
+--- data.DataLoader{dataset, batch_size = 32, shuffle = false, ...}: batches of a data set, by loader:batches().
+--- Options: seed = 0, drop_last = false, prefetch = 2 (batches gathered ahead), dtype, normalize, transforms.
+--- normalize = {mean =, std =} makes float32 of the first tensor: bytes become 0 to 1, then (x - mean) / std.
+--- transforms: a function of a batch's tensors that returns them changed, or an array of such functions.
 ---@param given table the data set at [1] or as `dataset`, and options; or the data set alone
 ---@param opts table? options, where the first argument is the data set
 ---@return DataLoader
@@ -111,7 +112,7 @@ local function transformed(transforms, ...)
 end
 
 --- Begins the next epoch and gives its batches: for x, y in loader:batches() do.
----@return fun(): userdata, userdata, ...
+---@return fun(): Tensor, Tensor, ...
 function DataLoader:batches()
   self.epoch = self.epoch + 1
   local loader, transforms = self.core, self.transforms

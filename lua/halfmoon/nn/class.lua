@@ -20,9 +20,9 @@ local parameters = setmetatable({}, {__mode = "k"})
 
 --- Marks a tensor as a parameter: it will be registered when assigned to a module, and wants a gradient.
 --- A tensor that is part of a graph is copied first; any other is taken as it is.
----@param t userdata
+---@param t Tensor
 ---@param requires_grad boolean? default true
----@return userdata
+---@return Tensor
 local function Parameter(t, requires_grad)
   if not core.is_tensor(t) then raise("Parameter: expected a tensor, not %s", errors.describe(t)) end
   if not t.is_leaf then t = t:detach():clone() end
@@ -31,6 +31,7 @@ local function Parameter(t, requires_grad)
   return t
 end
 
+--- Whether a value is a parameter: a tensor that Parameter() made.
 local function is_parameter(x) return parameters[x] == true end
 
 -- ====== The stack of modules being called ======
@@ -66,6 +67,7 @@ end})
 ---@field training boolean
 local Module = {__class = "Module", __is_module = true}
 
+--- Whether a value is a module.
 local function is_module(x) return type(x) == "table" and x.__is_module == true end
 
 --- Notes the name of a field at its first assignment.
@@ -132,7 +134,7 @@ end
 
 --- Keeps a tensor that is part of the state but not trained: it moves with to() and stands in the state dict.
 ---@param name string
----@param t userdata
+---@param t Tensor
 function Module:register_buffer(name, t)
   if not core.is_tensor(t) then raise("register_buffer: '%s' must be a tensor, not %s", name, errors.describe(t)) end
   self._buffers[name] = true
@@ -202,7 +204,7 @@ function Module:named_modules() return iterate(collect(self, "module", "", {}, {
 
 --- All parameters with their full names ("conv.weight"), in order of first assignment.  A tensor that stands in two
 --- places comes once.
----@return fun(): string, userdata
+---@return fun(): string, Tensor
 function Module:named_parameters()
   local list = collect(self, "parameter", "", {}, {})
   for _, entry in ipairs(list) do core.set_name(entry[2], entry[1]) end
@@ -210,7 +212,7 @@ function Module:named_parameters()
 end
 
 --- All parameters as an array: what optimizers take.
----@return userdata[]
+---@return Tensor[]
 function Module:parameters()
   local list = {}
   for _, p in self:named_parameters() do list[#list + 1] = p end
@@ -218,11 +220,11 @@ function Module:parameters()
 end
 
 --- All buffers with their full names.
----@return fun(): string, userdata
+---@return fun(): string, Tensor
 function Module:named_buffers() return iterate(collect(self, "buffer", "", {}, {})) end
 
 --- All buffers as an array.
----@return userdata[]
+---@return Tensor[]
 function Module:buffers()
   local list = {}
   for _, b in self:named_buffers() do list[#list + 1] = b end
@@ -261,7 +263,7 @@ local function each_place(self, prefix, visit)
 end
 
 --- Parameters and buffers by full name.  They share memory with the module: clone what should not follow it.
----@return table<string, userdata>
+---@return table<string, Tensor>
 function Module:state_dict()
   local state = {}
   each_place(self, "", function(_, _, full, value) state[full] = value:detach() end)
@@ -274,7 +276,7 @@ local function sorted(list)
 end
 
 --- Copies a state dict into the module.  Nothing is copied if anything does not fit.
----@param state table<string, userdata>
+---@param state table<string, Tensor>
 ---@param opts {strict: boolean}? strict = false lets names be missing or left over; shapes must always agree
 ---@return {missing: string[], unexpected: string[]}
 function Module:load_state_dict(state, opts)

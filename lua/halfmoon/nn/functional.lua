@@ -1,8 +1,8 @@
 --- nn/functional.lua -- layers as functions: what modules compute, without state.
 --
--- Each checks its arguments with shapes and hints before the op runs, since these messages are the ones users meet
--- first.  The checks read sizes only and cost well under a microsecond.  Requiring this file also gives tensors the
--- methods max_pool2d, cross_entropy and so on.
+-- An op that refuses its arguments is looked into afterwards: the functions named explain_* know what people usually
+-- got wrong, and raise with shapes and hints.  A call that succeeds pays nothing for them.  Requiring this file also
+-- gives tensors the methods max_pool2d, cross_entropy and so on.
 
 local core = require "halfmoon.core"
 local errors = require "halfmoon.errors"
@@ -39,20 +39,23 @@ local function positional(opts, name)
   return opts
 end
 
+--- Runs a row of the op table; when it raises, explain(operands...) may raise something better.
+local function attempt(explain, op, ...)
+  local ok, result = pcall(run, op, ...)
+  if ok then return result end
+  explain(...)
+  error(result, 0) -- it has its place and path already
+end
+
 -- ====== Linear ======
 
---- x times the transpose of weight, plus bias: x is [..., in], weight [out, in], bias [out] or nil.
----@param x userdata
----@param weight userdata
----@param bias userdata?
----@return userdata
-function F.linear(x, weight, bias)
-  if not is_tensor(x) then want_tensor("linear", "x", x) end
-  if not is_tensor(weight) then want_tensor("linear", "weight", weight) end
+local function explain_linear(x, weight, bias)
+  want_tensor("linear", "x", x)
+  want_tensor("linear", "weight", weight)
   if weight:dim() ~= 2 then raise("linear: weight must be [out, in], came %s", describe(weight)) end
   local dims, inner = x:dim(), weight:size(2)
-  if dims == 0 or x:size(dims) ~= inner then
-    local features = dims > 0 and x:size(dims) or 1
+  local features = dims > 0 and x:size(dims) or 1
+  if features ~= inner then
     local text = ("linear: inner sizes differ: x is %s, weight is %s\n"
       .. "  %d (last dim of x) must equal %d (dim 2 of weight)")
       :format(describe(x), describe(weight), features, inner)
@@ -63,16 +66,22 @@ function F.linear(x, weight, bias)
     elseif dims == 2 and x:size(1) == inner then
       text = text .. "\n  hint: x:t() has its dims the other way round"
     end
-    raise(text)
+    raise("%s", text)
   end
   if bias ~= nil then
-    if not is_tensor(bias) then want_tensor("linear", "bias", bias) end
+    want_tensor("linear", "bias", bias)
     if bias:dim() ~= 1 or bias:size(1) ~= weight:size(1) then
       raise("linear: bias must be [%d], one for each row of weight, came %s", weight:size(1), describe(bias))
     end
   end
-  return (run("linear", x, weight, bias))
 end
+
+--- x times the transpose of weight, plus bias: x is [..., in], weight [out, in], bias [out] or nil.
+---@param x Tensor
+---@param weight Tensor
+---@param bias Tensor?
+---@return Tensor
+function F.linear(x, weight, bias) return attempt(explain_linear, "linear", x, weight, bias) end
 
 -- ====== Convolution and pooling ======
 
@@ -91,10 +100,9 @@ local function conv_options(op, opts)
 end
 F._conv_options = conv_options
 
---- conv2d with options that were checked before.
-local function conv2d(x, weight, bias, attrs)
-  if not is_tensor(x) then want_tensor("conv2d", "input", x) end
-  if not is_tensor(weight) then want_tensor("conv2d", "weight", weight) end
+local function explain_conv2d(x, weight, bias, attrs)
+  want_tensor("conv2d", "input", x)
+  want_tensor("conv2d", "weight", weight)
   if weight:dim() ~= 4 then raise("conv2d: weight must be [out, in, height, width], came %s", describe(weight)) end
   local dims = x:dim()
   if dims ~= 4 then
@@ -111,7 +119,7 @@ local function conv2d(x, weight, bias, attrs)
     if x:size(4) == wanted then
       text = text .. "\n  hint: images are [N, C, H, W]; x:permute(1, 4, 2, 3) turns [N, H, W, C] into that"
     end
-    raise(text)
+    raise("%s", text)
   end
   if weight:size(1) % groups ~= 0 then
     raise("conv2d: %d output channels cannot be split into %d groups (weight is %s)", weight:size(1), groups,
@@ -128,21 +136,25 @@ local function conv2d(x, weight, bias, attrs)
     end
   end
   if bias ~= nil then
-    if not is_tensor(bias) then want_tensor("conv2d", "bias", bias) end
+    want_tensor("conv2d", "bias", bias)
     if bias:dim() ~= 1 or bias:size(1) ~= weight:size(1) then
       raise("conv2d: bias must be [%d], one for each output channel, came %s", weight:size(1), describe(bias))
     end
   end
-  return (run("conv2d", x, weight, bias, attrs))
+end
+
+--- conv2d with options that were checked before.
+local function conv2d(x, weight, bias, attrs)
+  return attempt(explain_conv2d, "conv2d", x, weight, bias, attrs)
 end
 F._conv2d = conv2d
 
 --- Convolution of x [N, C, H, W] with weight [out, C / groups, kH, kW].
----@param x userdata
----@param weight userdata
----@param bias userdata?
+---@param x Tensor
+---@param weight Tensor
+---@param bias Tensor?
 ---@param opts {stride: integer|integer[], padding: integer|integer[], dilation: integer|integer[], groups: integer}?
----@return userdata
+---@return Tensor
 function F.conv2d(x, weight, bias, opts) return conv2d(x, weight, bias, conv_options("conv2d", opts)) end
 
 local pool_spec = {stride = {"integer|table"}, padding = {"integer|table", 0}}
@@ -165,9 +177,8 @@ local function pool_options(op, kernel_size, opts)
 end
 F._pool_options = pool_options
 
---- max_pool2d with options that were checked before.
-local function max_pool2d(x, attrs)
-  if not is_tensor(x) then want_tensor("max_pool2d", "input", x) end
+local function explain_max_pool2d(x, attrs)
+  want_tensor("max_pool2d", "input", x)
   if x:dim() ~= 4 then raise("max_pool2d: input must be [N, C, H, W], came %s", describe(x)) end
   for i = 1, 2 do
     if x:size(i + 2) + 2 * attrs.padding[i] < attrs.kernel_size[i] then
@@ -175,17 +186,19 @@ local function max_pool2d(x, attrs)
         attrs.kernel_size[1], attrs.kernel_size[2], describe(x), attrs.padding[1], attrs.padding[2])
     end
   end
-  return (run("max_pool2d", x, attrs))
 end
+
+--- max_pool2d with options that were checked before.
+local function max_pool2d(x, attrs) return attempt(explain_max_pool2d, "max_pool2d", x, attrs) end
 F._max_pool2d = max_pool2d
 
 local plain_pools = {} -- kernel size -> checked options, for the plain x:max_pool2d(2)
 
 --- The largest value in each window of x [N, C, H, W]; NaN wins.
----@param x userdata
+---@param x Tensor
 ---@param kernel_size integer|integer[]
 ---@param opts {stride: integer|integer[], padding: integer|integer[]}? stride is the kernel size unless given
----@return userdata
+---@return Tensor
 function F.max_pool2d(x, kernel_size, opts)
   local attrs = opts == nil and plain_pools[kernel_size]
   if not attrs then
@@ -198,51 +211,51 @@ end
 -- ====== Activations ======
 
 --- x where positive, else 0.
----@param x userdata
----@return userdata
+---@param x Tensor
+---@return Tensor
 function F.relu(x) return core.relu(x) end
 
 --- Hyperbolic tangent.
----@param x userdata
----@return userdata
+---@param x Tensor
+---@return Tensor
 function F.tanh(x) return core.tanh(x) end
 
 --- 1 / (1 + e^-x).
----@param x userdata
----@return userdata
+---@param x Tensor
+---@return Tensor
 function F.sigmoid(x) return core.sigmoid(x) end
 
 --- x times sigmoid(x).
----@param x userdata
----@return userdata
+---@param x Tensor
+---@return Tensor
 function F.silu(x) return core.silu(x) end
 
 local gelu_spec = {approximate = {"string", "none", options.one_of("none", "tanh")}}
 
 --- Gaussian error linear unit.
----@param x userdata
+---@param x Tensor
 ---@param opts {approximate: "none"|"tanh"}?
----@return userdata
+---@return Tensor
 function F.gelu(x, opts)
   if opts ~= nil and options.check("gelu", opts, gelu_spec).approximate == "tanh" then return core.gelu_tanh(x) end
   return core.gelu(x)
 end
 
 --- log(1 + e^x).
----@param x userdata
----@return userdata
+---@param x Tensor
+---@return Tensor
 function F.softplus(x) return core.softplus(x) end
 
 --- e^x divided by its sum along a dim.
----@param x userdata
+---@param x Tensor
 ---@param dim integer
----@return userdata
+---@return Tensor
 function F.softmax(x, dim) return core.softmax(x, dim) end
 
 --- Logarithm of softmax.
----@param x userdata
+---@param x Tensor
 ---@param dim integer
----@return userdata
+---@return Tensor
 function F.log_softmax(x, dim) return core.log_softmax(x, dim) end
 
 -- ====== Losses ======
@@ -261,10 +274,9 @@ function F._cross_entropy_options(opts) return options.check("cross_entropy", op
 
 local cross_entropy_defaults = F._cross_entropy_options()
 
---- cross_entropy with options that were checked before.
-function F._cross_entropy(logits, target, attrs)
-  if not is_tensor(logits) then want_tensor("cross_entropy", "logits", logits) end
-  if not is_tensor(target) then want_tensor("cross_entropy", "target", target) end
+local function explain_cross_entropy(logits, target)
+  want_tensor("cross_entropy", "logits", logits)
+  want_tensor("cross_entropy", "target", target)
   local dims, target_dims = logits:dim(), target:dim()
   if dims < 2 then
     raise("cross_entropy: logits must be [N, classes] or [N, classes, ...], came %s%s", describe(logits),
@@ -291,14 +303,18 @@ function F._cross_entropy(logits, target, attrs)
     raise("cross_entropy: shapes differ: logits is %s, target is %s\n  target must be [%s], the shape of logits "
       .. "without dim 2 (the classes)%s", describe(logits), describe(target), table.concat(shape, ","), hint)
   end
-  return (run("cross_entropy", logits, target, attrs))
+end
+
+--- cross_entropy with options that were checked before.
+function F._cross_entropy(logits, target, attrs)
+  return attempt(explain_cross_entropy, "cross_entropy", logits, target, attrs)
 end
 
 --- Softmax and cross entropy in one pass.  The class dim is dim 2; target holds class ids from 0 as int64.
----@param logits userdata [N, C] or [N, C, ...]
----@param target userdata [N] or [N, ...]
+---@param logits Tensor [N, C] or [N, C, ...]
+---@param target Tensor [N] or [N, ...]
 ---@param opts {reduction: "mean"|"sum"|"none", ignore_index: integer, label_smoothing: number}?
----@return userdata
+---@return Tensor
 function F.cross_entropy(logits, target, opts)
   return F._cross_entropy(logits, target, opts == nil and cross_entropy_defaults or F._cross_entropy_options(opts))
 end
@@ -327,10 +343,10 @@ local function reduced(loss, reduction)
 end
 
 --- Mean of the squared differences.
----@param x userdata
----@param target userdata
+---@param x Tensor
+---@param target Tensor
 ---@param opts {reduction: "mean"|"sum"|"none"}?
----@return userdata
+---@return Tensor
 function F.mse_loss(x, target, opts)
   local reduction = options.check("mse_loss", opts, loss_spec).reduction
   x, target = loss_operands("mse_loss", x, target)
@@ -339,10 +355,10 @@ function F.mse_loss(x, target, opts)
 end
 
 --- Mean of the absolute differences.
----@param x userdata
----@param target userdata
+---@param x Tensor
+---@param target Tensor
 ---@param opts {reduction: "mean"|"sum"|"none"}?
----@return userdata
+---@return Tensor
 function F.l1_loss(x, target, opts)
   local reduction = options.check("l1_loss", opts, loss_spec).reduction
   x, target = loss_operands("l1_loss", x, target)

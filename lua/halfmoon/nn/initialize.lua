@@ -19,7 +19,7 @@ local function fill(name, t, method, ...)
 end
 
 --- Inputs and outputs of one unit: [out, in] or [out, in, kernel...].
----@param t userdata
+---@param t Tensor
 ---@return integer fan_in
 ---@return integer fan_out
 function init.fans(t)
@@ -46,33 +46,33 @@ function init.calculate_gain(nonlinearity, a)
 end
 
 --- Uniform numbers in [low, high), by default [0, 1).
----@param t userdata
+---@param t Tensor
 ---@param low number?
 ---@param high number?
----@return userdata t
+---@return Tensor t
 function init.uniform_(t, low, high) return fill("uniform_", t, "uniform_", low or 0.0, high or 1.0) end
 
 --- Normal numbers, by default with mean 0 and standard deviation 1.
----@param t userdata
+---@param t Tensor
 ---@param mean number?
 ---@param std number?
----@return userdata t
+---@return Tensor t
 function init.normal_(t, mean, std) return fill("normal_", t, "normal_", mean or 0.0, std or 1.0) end
 
 --- One value everywhere.
----@param t userdata
+---@param t Tensor
 ---@param value number
----@return userdata t
+---@return Tensor t
 function init.constant_(t, value) return fill("constant_", t, "fill_", value) end
 
 --- Zeros.
----@param t userdata
----@return userdata t
+---@param t Tensor
+---@return Tensor t
 function init.zeros_(t) return fill("zeros_", t, "fill_", 0) end
 
 --- Ones.
----@param t userdata
----@return userdata t
+---@param t Tensor
+---@return Tensor t
 function init.ones_(t) return fill("ones_", t, "fill_", 1) end
 
 local kaiming_spec = {
@@ -88,24 +88,24 @@ local function kaiming_std(name, t, opts)
 end
 
 --- Uniform numbers after He et al.; {a = slope, mode = "fan_in"|"fan_out", nonlinearity = "leaky_relu"}.
----@param t userdata
+---@param t Tensor
 ---@param opts table?
----@return userdata t
+---@return Tensor t
 function init.kaiming_uniform_(t, opts)
   local bound = math.sqrt(3) * kaiming_std("kaiming_uniform_", t, opts)
   return init.uniform_(t, -bound, bound)
 end
 
 --- Normal numbers after He et al.; options as kaiming_uniform_.
----@param t userdata
+---@param t Tensor
 ---@param opts table?
----@return userdata t
+---@return Tensor t
 function init.kaiming_normal_(t, opts) return init.normal_(t, 0.0, kaiming_std("kaiming_normal_", t, opts)) end
 
 --- Uniform numbers after Glorot and Bengio.
----@param t userdata
+---@param t Tensor
 ---@param gain number? default 1
----@return userdata t
+---@return Tensor t
 function init.xavier_uniform_(t, gain)
   local fan_in, fan_out = init.fans(t)
   local bound = (gain or 1.0) * math.sqrt(6 / (fan_in + fan_out))
@@ -113,9 +113,9 @@ function init.xavier_uniform_(t, gain)
 end
 
 --- Normal numbers after Glorot and Bengio.
----@param t userdata
+---@param t Tensor
 ---@param gain number? default 1
----@return userdata t
+---@return Tensor t
 function init.xavier_normal_(t, gain)
   local fan_in, fan_out = init.fans(t)
   return init.normal_(t, 0.0, (gain or 1.0) * math.sqrt(2 / (fan_in + fan_out)))

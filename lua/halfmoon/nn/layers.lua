@@ -32,8 +32,8 @@ end
 local linear_spec = {bias = {"boolean", true}, dtype = {"string", "float32"}, device = {"string", "cpu"}}
 
 ---@class Linear: Module
----@field weight userdata [out, in]
----@field bias userdata? [out]
+---@field weight Tensor [out, in]
+---@field bias Tensor? [out]
 local Linear = class.class("Linear")
 
 --- nn.Linear(in, out, {bias = true, dtype =, device =}): x times the transpose of weight, plus bias.
@@ -63,8 +63,8 @@ local conv_spec = {
 }
 
 ---@class Conv2d: Module
----@field weight userdata [out, in / groups, kH, kW]
----@field bias userdata? [out]
+---@field weight Tensor [out, in / groups, kH, kW]
+---@field bias Tensor? [out]
 local Conv2d = class.class("Conv2d")
 
 --- nn.Conv2d(in, out, kernel, {stride = 1, padding = 0, dilation = 1, groups = 1, bias = true}): convolution of [N, C,

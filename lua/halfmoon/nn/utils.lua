@@ -22,10 +22,10 @@ local function list_of(where, params)
 end
 
 --- Scales gradients so that their norm together is at most max_norm.
----@param params userdata[]|userdata
+---@param params Tensor[]|Tensor
 ---@param max_norm number
 ---@param opts {error_if_nonfinite: boolean}?
----@return userdata norm before clipping, a float32 tensor of no dims
+---@return Tensor norm before clipping, a float32 tensor of no dims
 function utils.clip_grad_norm_(params, max_norm, opts)
   params = list_of("clip_grad_norm_", params)
   opts = options.check("clip_grad_norm_", opts, {error_if_nonfinite = {"boolean", false}})
@@ -44,7 +44,7 @@ function utils.clip_grad_norm_(params, max_norm, opts)
 end
 
 --- Limits every element of the gradients to [-limit, limit].
----@param params userdata[]|userdata
+---@param params Tensor[]|Tensor
 ---@param limit number
 function utils.clip_grad_value_(params, limit)
   params = list_of("clip_grad_value_", params)

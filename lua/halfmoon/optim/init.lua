@@ -26,6 +26,7 @@ local function sgd_check(where, o)
   end
 end
 
+--- Stochastic gradient descent, with momentum if wanted:
 --- optim.SGD(params, {lr = 0.001, momentum = 0, dampening = 0, weight_decay = 0, nesterov = false, maximize = false})
 optim.SGD = optimizer.kind("SGD", "sgd", {
   lr = {"number", 1e-3, not_negative}, momentum = {"number", 0.0, not_negative}, dampening = {"number", 0.0},
@@ -40,9 +41,11 @@ local function adam_spec(weight_decay)
   }
 end
 
+--- Adam: steps scaled by running means of the gradient and its square; weight decay is added to the gradient.
 --- optim.Adam(params, {lr = 0.001, betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0, maximize = false})
 optim.Adam = optimizer.kind("Adam", "adam", adam_spec(0.0), {"exp_avg", "exp_avg_sq"})
 
+--- Adam with weight decay applied to the weights themselves:
 --- optim.AdamW(params, {lr = 0.001, betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0.01, maximize = false})
 optim.AdamW = optimizer.kind("AdamW", "adamw", adam_spec(0.01), {"exp_avg", "exp_avg_sq"})
 

@@ -56,7 +56,7 @@ local function proxy(self, index, params)
 end
 
 --- Adds parameters with options of their own; what is not given is as in the constructor.
----@param group {params: userdata[]}
+---@param group {params: Tensor[]}
 function Optimizer:add_param_group(group)
   local where = self.name .. ":add_param_group"
   if type(group) ~= "table" or group.params == nil then
