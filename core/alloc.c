@@ -130,6 +130,7 @@ typedef struct pool {
   block *large[CLASSES];           /* free lists */
   uint64_t large_set[CLASS_WORDS]; /* bit c: large[c] is not empty */
   block *used[BUCKETS];            /* large blocks in use, by address */
+  int64_t mark;                    /* live bytes that a look for garbage could not avoid; mutator thread only */
 } pool;
 
 static pool pools[HM_MAX_DEVICES];
@@ -351,11 +352,28 @@ static void *system_take(pool *p, int cls, size_t bytes) {
 }
 
 /* Runs the pressure hook, unless it is running already or this is not its thread. */
-static void press(size_t bytes, bool desperate) {
-  if (!pressure_fn || pressure_running || !hm__is_mutator()) return;
+static bool press(size_t bytes, bool desperate) {
+  if (!pressure_fn || pressure_running || !hm__is_mutator()) return false;
   pressure_running = true;
-  pressure_fn(pressure_ud, bytes, desperate);
+  const bool looked = pressure_fn(pressure_ud, bytes, desperate);
   pressure_running = false;
+  return looked;
+}
+
+/* Live bytes, as the lock shows them. */
+static int64_t live_bytes(pool *p) {
+  pthread_mutex_lock(&p->lock);
+  const int64_t live = p->stats.live;
+  pthread_mutex_unlock(&p->lock);
+  return live;
+}
+
+/* A large allocation that would pass the mark: dead tensors may be what stands in the way.  Without this, garbage would fill the
+ * cache unseen, because only a miss asks the collector. */
+static void keep_below_mark(pool *p, size_t bytes) {
+  if (!hm__is_mutator() || live_bytes(p) + (int64_t)bytes <= p->mark || !press(bytes, false)) return;
+  const int64_t after = live_bytes(p) + (int64_t)bytes;
+  if (after > p->mark) p->mark = after + after / 64;
 }
 
 /* "1.50 GB" for messages. */
@@ -410,6 +428,7 @@ int hm__device_alloc(int device, size_t bytes, void **out) {
   if (bytes == 0) return HM_OK;
   if (hm__alloc_injected() || bytes > (size_t)1 << MAX_LOG2) return out_of_memory(p, bytes);
   int cls = class_of(bytes);
+  if (cls >= SMALL_CLASSES) keep_below_mark(p, bytes);
   void *data = take(p, cls, bytes);
   if (!data) data = refill(p, cls, bytes);
   if (!data) return out_of_memory(p, bytes);
@@ -481,7 +500,7 @@ void hm_memory_reset_peak(int device) {
   pool *p = pool_of(device);
   if (!p) return;
   pthread_mutex_lock(&p->lock);
-  p->stats.peak = p->stats.live;
+  p->stats.peak = p->mark = p->stats.live;
   pthread_mutex_unlock(&p->lock);
 }
 

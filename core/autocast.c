@@ -117,8 +117,14 @@ static bool has_f64(const hm_opcall *c) {
 /* Integer operands of an op that does not compute in integers. */
 static int settle_integers(hm_opcall *c) {
   if (hm_dtype_is_float(c->dtype) || c->info->ints == HM_INTS_KEEP) return HM_OK;
-  if (c->info->ints == HM_INTS_NO)
-    return hm_fail(HM_ERR_DTYPE, "%s: needs a floating dtype, got %s\n  hint: convert with :to(\"f32\")", c->info->name, hm_dtype_name(c->dtype));
+  if (c->info->ints == HM_INTS_NO) {
+    char text[160];
+    const hm_tensor *t = NULL;
+    for (int i = 0; i < c->info->n_in && !t; i++)
+      if (c->in[i].kind == HM_ARG_TENSOR && is_class(c->info->in[i].cls)) t = c->in[i].t;
+    return hm_fail(HM_ERR_DTYPE, "%s: needs a floating dtype, came %s\n  hint: convert with :to(\"f32\")", c->info->name,
+                   t ? hm_describe(t, text, sizeof text) : hm_dtype_name(c->dtype));
+  }
   c->dtype = HM_F32;
   return HM_OK;
 }
@@ -132,6 +138,18 @@ static int check_agreement(const hm_opcall *c) {
     return hm_fail(HM_ERR_DTYPE, "%s: dtypes differ: %s is %s, %s is %s\n  hint: convert one with :to(\"%s\"), or run inside amp.autocast", c->info->name,
                    c->info->in[0].name, hm_describe(c->in[0].t, a, sizeof a), c->info->in[1].name, hm_describe(c->in[1].t, b, sizeof b),
                    hm_dtype_short(c->dtype));
+  }
+  return HM_OK;
+}
+
+/* Low-class ops that the region's overrides make float32 or promote: their kernels read operands of one dtype only, so these are cast. */
+static int cast_overridden(hm_opcall *c, const hm_mode *mode) {
+  const char cls = mode->cls ? mode->cls[c->op] : 0;
+  if (cls != 'F' && cls != 'P') return HM_OK;
+  for (int i = 0; i < c->info->n_in; i++) {
+    if (c->info->in[i].cls != 'L' || c->in[i].kind != HM_ARG_TENSOR) continue;
+    const int status = cast_operand(c, i, c->dtype, false);
+    if (status) return status;
   }
   return HM_OK;
 }
@@ -151,7 +169,8 @@ int hm__autocast(hm_opcall *c) {
   }
   c->dtype = promoted(c);
   if (widen && hm_dtype_is_float(c->dtype)) c->dtype = HM_F32;
-  int status = settle_integers(c);
+  int status = on && hm_dtype_is_float(c->dtype) ? cast_overridden(c, mode) : HM_OK;
+  if (!status) status = settle_integers(c);
   if (!status) status = check_agreement(c);
   if (status) return status;
   if (c->dtype == HM_F64 || c->out_dtype == HM_F64) c->compute = HM_F64;

@@ -16,7 +16,9 @@ HM_FAST_TLS bool hm__mutator;
 /* Backends hand their messages over as plain text. */
 static int host_fail(int code, const char *message) { return hm_fail(code, "%s", message); }
 
-static const hm_host host = {HM_BACKEND_VERSION, host_fail};
+static const char *host_op_name(int op) { return op >= 0 && op < HM_OP_COUNT ? hm_op_get(op)->name : "no op"; }
+
+static const hm_host host = {HM_BACKEND_VERSION, host_fail, host_op_name};
 
 int hm__device_register(const hm_backend *backend, int first) {
   if (backend->version != HM_BACKEND_VERSION || backend->bytes != sizeof(hm_backend))

@@ -247,19 +247,22 @@ static int run_kernel(hm_opcall *c) {
   if (!status && k.workspace_bytes) status = hm__device_alloc(c->device, k.workspace_bytes, &k.workspace);
   if (!status) status = kernel(&k);
   drop_scratch(c, &k, &held);
-  if (!status && op_log) {
-    hm_op_event e = {.info = c->info, .backward = hm__in_backward(), .n_in = k.n_in, .n_out = k.n_out, .in = k.in, .out = k.out};
-    op_log(op_log_ud, &e);
-  }
   return status;
 }
 
-/* Tells the log what a call left for backward (a second event of the same op, without operands). */
-static void log_saved(const hm_opcall *c) {
-  if (!op_log || !c->out[0]->node) return;
+/* Tells the log what a finished call read, wrote and left for backward.  Views and composites compute nothing themselves. */
+static void log_call(const hm_opcall *c, bool recorded) {
+  if (c->info->family >= HM_FAMILY_COUNT) return;
+  hm_kernel_call k;
+  k.n_in = c->info->n_in;
+  k.n_out = c->info->n_out;
+  make_views(c, &k);
   hm_tensor *saved[HM_MAX_IN + HM_MAX_OUT];
-  hm_op_event e = {.info = c->info, .backward = hm__in_backward(), .saved = saved};
-  e.n_saved = hm__node_saved(c->out[0]->node, saved, HM_MAX_IN + HM_MAX_OUT);
+  hm_op_event e = {.info = c->info, .backward = hm__in_backward(), .n_in = k.n_in, .n_out = k.n_out};
+  e.in = k.in;
+  e.out = k.out;
+  e.saved = saved;
+  if (recorded) e.n_saved = hm__node_saved(c->out[0]->node, saved, HM_MAX_IN + HM_MAX_OUT);
   op_log(op_log_ud, &e);
 }
 
@@ -408,7 +411,7 @@ static int call(hm_opcall *c) {
   if (recorded) status = hm__record(c);
   hm_tensor *dst = status || !grad ? NULL : destination(c);
   if (dst) status = hm__rewritten(dst, recorded);
-  if (!status && recorded) log_saved(c);
+  if (!status && op_log) log_call(c, recorded);
   finish(c, status);
   return status;
 }

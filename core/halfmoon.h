@@ -54,13 +54,15 @@ typedef struct hm_memory_stats {
 } hm_memory_stats;
 
 int hm_memory_get_stats(int device, hm_memory_stats *out);
+/* peak and the mark of the pressure hook start again from what is live. */
 void hm_memory_reset_peak(int device);
 /* Gives cached blocks back to the system. */
 void hm_memory_trim(int device);
 
-/* Called on the mutator thread, outside all locks, when an allocation misses the cache.  bytes: what is wanted.  desperate: the
- * system is out of memory; whatever can be freed should be. */
-typedef void (*hm_pressure_fn)(void *ud, size_t bytes, bool desperate);
+/* Called on the mutator thread, outside all locks, when an allocation misses the cache, or would take live bytes past their highest mark
+ * so far.  bytes: what is wanted.  desperate: the system is out of memory; whatever can be freed should be.  Returns true if it looked for
+ * garbage: the mark then rises if need be; else it stays, and the hook is asked again. */
+typedef bool (*hm_pressure_fn)(void *ud, size_t bytes, bool desperate);
 void hm_set_pressure_hook(hm_pressure_fn fn, void *ud);
 
 /* ====== Devices (device.c) ====== */

@@ -503,7 +503,10 @@ int hm__infer_random(hm_opcall *c) {
       return hm_fail(HM_ERR_ARG, "random_: low %lld must be less than high %lld", (long long)c->attr[0].i, (long long)c->attr[1].i);
     return HM_OK;
   }
-  if (!hm_dtype_is_float(t->dtype)) return hm_fail(HM_ERR_DTYPE, "%s: needs a floating dtype, got %s", NAME(c), hm_dtype_name(t->dtype));
+  if (!hm_dtype_is_float(t->dtype)) {
+    char text[160];
+    return hm_fail(HM_ERR_DTYPE, "%s: needs a floating dtype, came %s", NAME(c), hm_describe(t, text, sizeof text));
+  }
   if (c->op == HM_OP_NORMAL_ && !(c->attr[1].f >= 0)) return hm_fail(HM_ERR_ARG, "normal_: std must not be negative, got %g", c->attr[1].f);
   return HM_OK;
 }

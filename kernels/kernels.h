@@ -252,15 +252,45 @@ typedef struct hm_device_info {
   char detail[64]; /* instruction set in use, or compute capability */
   size_t memory_bytes;
   int major, minor; /* compute capability; 0 for the CPU */
+  /* of a GPU; 0 for the CPU */
+  int multiprocessors, max_threads_per_block;
+  size_t shared_bytes_per_block; /* the most that a launch may ask for */
+  int driver, runtime;           /* versions of CUDA, 1000 * major + 10 * minor */
 } hm_device_info;
 
 /* Services of the host, handed to a backend when it is opened. */
 typedef struct hm_host {
   uint32_t version;
   int (*fail)(int code, const char *message); /* keeps the message for this thread and returns code */
+  const char *(*op_name)(int op);             /* of enum hm_op, for messages; static */
 } hm_host;
 
-enum { HM_BACKEND_VERSION = 1 };
+/* ---- optional: kernels that a user wrote, compiled at run time ---- */
+
+typedef struct hm_user_kernel hm_user_kernel; /* the backend's own */
+
+enum { HM_MAX_USER_ARGS = 64 };
+typedef enum hm_user_kind { HM_USER_POINTER, HM_USER_INT, HM_USER_FLOAT } hm_user_kind;
+
+/* One argument of a launch.  The backend converts numbers to the types that the kernel's source declares. */
+typedef struct hm_user_arg {
+  hm_user_kind kind;
+  int16_t dtype; /* of the elements that `data` points at; checked against the declared pointer type */
+  void *data;
+  int64_t i;
+  double f;
+  bool written; /* set by user_check: the kernel may write through the pointer (it is not declared const) */
+} hm_user_arg;
+
+/* What a backend counted since the process began. */
+typedef struct hm_device_counters {
+  int64_t launches;         /* kernels, matrix products included */
+  int64_t synchronisations; /* times that the host waited for the device */
+  int64_t copies;           /* between host and device, or on the device by the copy engine */
+  int64_t bytes;            /* moved by them */
+} hm_device_counters;
+
+enum { HM_BACKEND_VERSION = 2 };
 
 typedef struct hm_backend {
   uint32_t version; /* HM_BACKEND_VERSION of the header it was built with */
@@ -289,7 +319,24 @@ typedef struct hm_backend {
   int (*packing)(const hm_kernel_call *call, int arg, hm_packing *out);
   /* (optional) Makes that layout of call->in[arg] in dst (packing().bytes long). */
   int (*pack)(const hm_kernel_call *call, int arg, void *dst);
+
+  /* (optional) Compiles a kernel of the given name from source.  HM_ERR_ARG with the compiler's messages where it does not compile. */
+  int (*user_compile)(int device, const char *source, const char *name, hm_user_kernel **out);
+  /* (optional) Checks a launch's arguments against the kernel's declaration; sets arg[].written.  Launches nothing. */
+  int (*user_check)(const hm_user_kernel *kernel, hm_user_arg *arg, int n);
+  /* (optional) Launches it behind all work queued before; does not wait.  Arguments as user_check passed them. */
+  int (*user_launch)(hm_user_kernel *kernel, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes,
+                     hm_user_arg *arg, int n);
+  /* (optional) Gives a kernel up once the device is done with it; NULL is ignored. */
+  void (*user_free)(hm_user_kernel *kernel);
+  /* (optional) Reads the counters of all devices together. */
+  void (*counters)(hm_device_counters *out);
 } hm_backend;
+
+/* The one symbol of a plug-in: `const hm_backend *hm_backend_open(const hm_host *host)`.  `host` must outlive it.  NULL with a message where
+ * the plug-in was built against another version of this file; a machine without a device is a backend that counts none. */
+#define HM_BACKEND_SYMBOL "hm_backend_open"
+typedef const hm_backend *(*hm_backend_open_fn)(const hm_host *host);
 
 /* The CPU backend; `host` must outlive it.  HALFMOON_ISA and HALFMOON_THREADS are read here, once. Never NULL. */
 const hm_backend *hm_backend_cpu(const hm_host *host);

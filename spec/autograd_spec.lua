@@ -443,8 +443,111 @@ describe("hooks", function()
     same(x.grad, {2, 4})
   end)
 
+  it("run in backward's mode, whatever was on at the call; scopes inside act and end", function()
+    local x, modes = leaf {1, 2}, {}
+    local h = x * x
+    h:register_hook(function(g)
+      modes[#modes + 1] = hm.is_grad_enabled()
+      modes[#modes + 1] = hm.amp.autocast_state().enabled
+      hm.enable_grad(function() modes[#modes + 1] = hm.is_grad_enabled() end)
+      hm.amp.autocast("f16", function() modes[#modes + 1] = g:view(1, 2):float():matmul(hm.ones({2, 1})).dtype end)
+      modes[#modes + 1] = hm.is_grad_enabled()
+    end)
+    hm.amp.autocast("f16", function()
+      h:sum():backward()
+      assert.is_true(hm.amp.autocast_state().enabled)
+    end)
+    assert.same({false, false, true, "float16", false}, modes)
+    assert.is_false(hm.amp.autocast_state().enabled)
+    assert.is_true(hm.is_grad_enabled())
+    same(x.grad, {2, 4})
+  end)
+
+  it("may run coroutines: the walk goes on in its own mode", function()
+    local x = leaf({1, 2}, "f32")
+    local h = x * 2
+    local y = core.call("linear", h:view(1, 2), hm.ones({1, 2}))
+    y:register_hook(function(g)
+      local inner = coroutine.wrap(function() coroutine.yield((leaf {1} * 2).requires_grad) end)
+      assert.is_true(inner())
+      assert.is_false((g * 2).requires_grad)
+    end)
+    hm.amp.autocast("f16", function() y:backward() end)
+    same(x.grad, {2, 2})
+    assert.is_false(x.grad.requires_grad)
+    assert.equal("float32", x.grad.dtype)
+  end)
+
   it("are refused where no gradient is wanted", function()
     raises("register_hook: expected a tensor that requires a gradient", function() hm.ones({1}):register_hook(print) end)
+  end)
+
+  it("may walk the same graph themselves", function()
+    local x = leaf {1, 2}
+    local h = x * x
+    local y = (h * h):sum()
+    local inner, inside
+    h:register_hook(function()
+      if inside then return end
+      inside = true
+      inner = autograd.grad(y, x, {retain_graph = true})[1]
+    end)
+    y:backward(nil, {retain_graph = true})
+    same(inner, {4, 32})
+    same(x.grad, {4, 32})
+  end)
+
+  it("may collect garbage, keep what they saw, and give back the same tensor each time", function()
+    local x, kept = leaf {1, 2}, {}
+    local answer = hm.tensor({5, 5}, {dtype = "f64"})
+    local h = x
+    for _ = 1, 20 do
+      h = h * 1
+      h:register_hook(function(g)
+        kept[#kept + 1] = g
+        collectgarbage()
+      end)
+    end
+    x:register_hook(function() return answer end)
+    h:sum():backward()
+    same(x.grad, {5, 5})
+    x:sum():backward()
+    same(x.grad, {10, 10})
+    same(answer, {5, 5})
+    for _, g in ipairs(kept) do same(g, {1, 1}) end
+    assert.equal(20, #kept)
+  end)
+
+  it("that yield are refused by Lua, and autograd goes on", function()
+    local x = leaf {1, 2}
+    local co = coroutine.create(function()
+      local h = x * x
+      h:register_hook(function() coroutine.yield() end)
+      h:sum():backward()
+    end)
+    local ok, message = coroutine.resume(co)
+    assert.is_false(ok)
+    assert.matches("yield", message);
+    (x * x):sum():backward()
+    same(x.grad, {2, 4})
+  end)
+
+  it("that raise leak nothing", function()
+    local x = hm.ones({100}):requires_grad_()
+    local function step()
+      local h = (x * x):exp()
+      h:register_hook(function() error("no") end)
+      pcall(function() (h * h):sum():backward() end)
+      x.grad = nil
+    end
+    step()
+    collectgarbage()
+    collectgarbage()
+    local before = core.memory_stats().live
+    for _ = 1, 5 do step() end
+    collectgarbage()
+    collectgarbage()
+    assert.equal(before, core.memory_stats().live)
   end)
 
   it("on a leaf do not keep it alive", function()
@@ -645,6 +748,27 @@ describe("in-place changes", function()
     same(x.grad, {3, 3})
   end)
 
+  it("of another shape, or what would not fit, are refused and change nothing", function()
+    local x = leaf {1, 2}
+    local h = x * 1
+    raises("add", function() h:add_(hm.ones({3, 2}, {dtype = "f64"})) end)
+    raises("copy_", function() h:copy_(hm.ones({3}, {dtype = "f64"})) end)
+    h:sum():backward()
+    same(x.grad, {1, 1})
+  end)
+
+  it("of a result that retains its gradient: overwriting ends that, too", function()
+    local x = leaf {1, 2}
+    local h = x * 2
+    h:retain_grad()
+    h:fill_(1)
+    assert.is_nil(h.grad)
+    h:requires_grad_();
+    (h * x):sum():backward()
+    same(h.grad, {1, 2})
+    same(x.grad, {1, 1})
+  end)
+
   it("that overwrite a result cut it off", function()
     for _, write in ipairs {
       function(t) t:fill_(7) end, function(t) t:zero_() end, function(t) t:copy_(hm.ones({2})) end, function(t) t:normal_() end,
@@ -713,6 +837,15 @@ describe("autograd.grad", function()
     same(autograd.grad(x, x)[1], {1})
     local h = x * 2
     same(autograd.grad({h}, {h, x})[2], {2})
+  end)
+
+  it("the same input twice, or a view", function()
+    local x = leaf {{1, 2}, {3, 4}}
+    local g = autograd.grad((x * x):sum(), {x, x})
+    same(g[1], {{2, 4}, {6, 8}})
+    same(g[2], {{2, 4}, {6, 8}})
+    local row = x[1]
+    same(autograd.grad((row * row):sum(), {row, x})[2], {{2, 4}, {0, 0}})
   end)
 
   it("names an input that was not used; allow_unused gives nil", function()

@@ -7,14 +7,17 @@ local process = require "spec.support.process"
 
 local features = hm.cpu.features()
 
---- All results with an instruction set, name -> tensor.
+--- All results with an instruction set: name -> tensor, and the bytes of the file that held them.
 local function results(isa)
   local path = os.tmpname()
   local said = process.file("spec/support/isa_cases.lua", {HALFMOON_ISA = isa, HALFMOON_THREADS = 1}, path)
   assert.equal(isa .. "\n", said)
   local state = assert(hm.load(path))
+  local f = assert(io.open(path, "rb"))
+  local bytes = f:read("a")
+  f:close()
   os.remove(path)
-  return state
+  return state, bytes
 end
 
 --- Names of entries whose bytes differ.
@@ -42,18 +45,19 @@ end
 describe("the same bits", function()
   local baseline
   local function base()
-    baseline = baseline or results("baseline")
-    return baseline
+    baseline = baseline or {results("baseline")}
+    return table.unpack(baseline)
   end
 
   for _, isa in ipairs {"avx2", "avx512"} do
     if features[isa] then
       it("from baseline and " .. isa, function()
-        local a, b = base(), results(isa)
+        local a, all_a = base()
+        local b, all_b = results(isa)
         local count = 0
         for _ in pairs(a) do count = count + 1 end
         assert(count > 1000, count)
-        assert.equal("", table.concat(differing(a, b), ", "))
+        if all_a ~= all_b then assert.equal("", table.concat(differing(a, b), ", ")) end
       end)
     end
   end
@@ -62,7 +66,7 @@ describe("the same bits", function()
     local before = hm.get_num_threads()
     local wrong = {}
     hm.no_grad(function()
-      for _, case in ipairs(cases.cases(150001)) do
+      for _, case in ipairs(cases.cases(70001)) do
         hm.set_num_threads(1)
         local one = {case[2]()}
         hm.set_num_threads(3)

@@ -33,7 +33,8 @@ static int distance(const char *a, const char *b) {
       int best = up[j - 1] + (a[i - 1] != b[j - 1]);
       if (up[j] + 1 < best) best = up[j] + 1;
       if (now[j - 1] + 1 < best) best = now[j - 1] + 1;
-      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] && up2[j - 2] + 1 < best) best = up2[j - 2] + 1;
+      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] && up2[j - 2] + 1 < best)
+        best = up2[j - 2] + 1;
       now[j] = best;
     }
   }
@@ -111,7 +112,8 @@ void hb_options(lua_State *L, int idx, const char *who, const hb_option *list) {
   idx = lua_absindex(L, idx);
   lua_pushnil(L);
   while (lua_next(L, idx)) {
-    if (lua_type(L, -2) != LUA_TSTRING) hb_error(L, "%s: options must have names as keys, got the key %s", who, hb_came(L, -2));
+    if (lua_type(L, -2) != LUA_TSTRING)
+      hb_error(L, "%s: options must have names as keys, got the key %s", who, hb_came(L, -2));
     const char *name = lua_tostring(L, -2);
     const hb_option *o = list;
     while (o->name && strcmp(o->name, name) != 0) o++;
@@ -130,7 +132,8 @@ int hb_dtype_by_name(const char *name) {
 }
 
 int hb_dtype(lua_State *L, int idx, const char *who) {
-  if (lua_type(L, idx) != LUA_TSTRING) hb_error(L, "%s: a dtype must be a string like \"float16\", got %s", who, hb_came(L, idx));
+  if (lua_type(L, idx) != LUA_TSTRING)
+    hb_error(L, "%s: a dtype must be a string like \"float16\", got %s", who, hb_came(L, idx));
   const char *name = lua_tostring(L, idx);
   const int dtype = hb_dtype_by_name(name);
   if (dtype != HM_NONE) return dtype;
@@ -143,12 +146,14 @@ int hb_dtype(lua_State *L, int idx, const char *who) {
 #define X(id, long_name, short_name, bytes, kind) long_name, short_name,
       HM_DTYPE_MAP(X)
 #undef X
-      NULL};
-  return hb_error(L, "%s: unknown dtype \"%s\"%s", who, name, hb_push_suggestion(L, name, hb_closest(name, both) ? both : names));
+          NULL};
+  return hb_error(L, "%s: unknown dtype \"%s\"%s", who, name,
+                  hb_push_suggestion(L, name, hb_closest(name, both) ? both : names));
 }
 
 int hb_device(lua_State *L, int idx, const char *who) {
-  if (lua_type(L, idx) != LUA_TSTRING) hb_error(L, "%s: a device must be a string like \"cpu\", got %s", who, hb_came(L, idx));
+  if (lua_type(L, idx) != LUA_TSTRING)
+    hb_error(L, "%s: a device must be a string like \"cpu\", got %s", who, hb_came(L, idx));
   int device = HM_CPU;
   const int status = hm_device_parse(lua_tostring(L, idx), &device);
   if (status) hb_error(L, "%s: %s", who, hm_error_message());
@@ -206,7 +211,8 @@ int hb_sizes(lua_State *L, int idx, int last, const char *who, const char *what,
     return idx + 1;
   }
   if (idx > last || lua_type(L, idx) != LUA_TNUMBER)
-    hb_error(L, "%s: %s must be integers or an array table, got %s", who, what, idx > last ? "nothing" : hb_came(L, idx));
+    hb_error(L, "%s: %s must be integers or an array table, got %s", who, what,
+             idx > last ? "nothing" : hb_came(L, idx));
   for (; idx <= last && lua_type(L, idx) == LUA_TNUMBER; idx++) {
     if (attr->n == HM_MAX_NDIM) too_many(L, who, what);
     attr->v[attr->n++] = hb_integer(L, idx, who, what);
@@ -217,10 +223,11 @@ int hb_sizes(lua_State *L, int idx, int last, const char *who, const char *what,
 int64_t hb_dim_value(lua_State *L, int64_t dim, int n, const char *who) {
   const int valid = n > 0 ? n : 1; /* a 0-dim tensor counts as having one */
   if (dim == 0)
-    hb_error(L, "%s: dim 0 is out of range: a tensor with %d dims has 1 to %d, or -%d to -1\n  hint: dims count from 1", who, n, valid,
-             valid);
+    hb_error(L, "%s: dim 0 is out of range: a tensor with %d dims has 1 to %d, or -%d to -1\n  hint: dims count from 1",
+             who, n, valid, valid);
   if (dim > valid || dim < -valid)
-    hb_error(L, "%s: dim %I is out of range: a tensor with %d dims has 1 to %d, or -%d to -1", who, (LUAI_UACINT)dim, n, valid, valid);
+    hb_error(L, "%s: dim %I is out of range: a tensor with %d dims has 1 to %d, or -%d to -1", who, (LUAI_UACINT)dim, n,
+             valid, valid);
   return dim > 0 ? dim - 1 : dim + valid;
 }
 
@@ -230,11 +237,12 @@ int64_t hb_dim(lua_State *L, int idx, int n, const char *who, const char *what) 
 
 int64_t hb_position(lua_State *L, int64_t i, int64_t size, int dim, const char *who) {
   if (i == 0)
-    hb_error(L, "%s: position 0 is out of range for dim %d of size %I\n  hint: positions count from 1", who, dim + 1, (LUAI_UACINT)size);
+    hb_error(L, "%s: position 0 is out of range for dim %d of size %I\n  hint: positions count from 1", who, dim + 1,
+             (LUAI_UACINT)size);
   if (i > size || i < -size) {
     if (size == 0) hb_error(L, "%s: position %I is out of range: dim %d is empty", who, (LUAI_UACINT)i, dim + 1);
-    hb_error(L, "%s: position %I is out of range for dim %d: 1 to %I, or -%I to -1", who, (LUAI_UACINT)i, dim + 1, (LUAI_UACINT)size,
-             (LUAI_UACINT)size);
+    hb_error(L, "%s: position %I is out of range for dim %d: 1 to %I, or -%I to -1", who, (LUAI_UACINT)i, dim + 1,
+             (LUAI_UACINT)size, (LUAI_UACINT)size);
   }
   return i > 0 ? i - 1 : i + size;
 }

@@ -2,8 +2,8 @@
  * autograd.c -- backward, grad, hooks, and functions whose backward is written in Lua.
  *
  * Who keeps the Lua functions
- *   - A hook on a leaf stands in a table with weak keys, under the tensor's userdata: a hook that refers to its own parameter is collected with
- *     it.  (Lua must hold the parameter, as a module does, for the hook to live.)
+ *   - A hook on a leaf stands in a table with weak keys, under the tensor's userdata: a hook that refers to its own
+ *   parameter is collected with it.  (Lua must hold the parameter, as a module does, for the hook to live.)
  *   - A hook on any other tensor, and a custom backward, stand in the registry and go when core frees the graph's node.
  */
 #include "bind.h"
@@ -45,7 +45,8 @@ static int l_backward(lua_State *L) {
   } else if (lua_isnil(L, 2)) {
     next = 3;
   }
-  if (lua_gettop(L) > next) return hb_error(L, "backward: expected [gradient][, options], got %d arguments", lua_gettop(L) - 1);
+  if (lua_gettop(L) > next)
+    return hb_error(L, "backward: expected [gradient][, options], got %d arguments", lua_gettop(L) - 1);
   const walk_options o = read_options(L, next, "backward", false);
   hb_callbacks_sweep(L, st);
   hb_check(L, st, hm_backward(&root, &grad, 1, o.retain, o.create));
@@ -67,7 +68,8 @@ static hm_tensor **grad_outputs(lua_State *L, hb_state *st, int idx, int n) {
   for (int i = 0; i < n; i++) list[i] = NULL;
   if (!lua_istable(L, idx) || lua_getfield(L, idx, "grad_outputs") == LUA_TNIL) return list;
   as_list(L, st, lua_gettop(L));
-  if (lua_type(L, -1) != LUA_TTABLE) hb_error(L, "grad: grad_outputs must be a tensor or an array table, got %s", hb_came(L, -1));
+  if (lua_type(L, -1) != LUA_TTABLE)
+    hb_error(L, "grad: grad_outputs must be a tensor or an array table, got %s", hb_came(L, -1));
   for (int i = 0; i < n; i++) {
     if (lua_rawgeti(L, -1, i + 1) != LUA_TNIL) {
       list[i] = hb_tensor(L, st, -1, "grad", "an entry of grad_outputs");
@@ -78,7 +80,8 @@ static hm_tensor **grad_outputs(lua_State *L, hb_state *st, int idx, int n) {
   return list;
 }
 
-/* core.grad(outputs, inputs[, {grad_outputs, retain_graph, create_graph, allow_unused}]) -> array of gradients (nil where unused) */
+/* core.grad(outputs, inputs[, {grad_outputs, retain_graph, create_graph, allow_unused}]) -> array of gradients (nil
+ * where unused) */
 static int l_grad(lua_State *L) {
   hb_state *st = hb_enter(L);
   lua_settop(L, 3);
@@ -185,7 +188,8 @@ static void keep_leaf_hook(lua_State *L, hb_state *st, hb_callback *hook) {
 static int l_register_hook(lua_State *L) {
   hb_state *st = hb_enter(L);
   hm_tensor *t = hb_tensor(L, st, 1, "register_hook", "self");
-  if (lua_type(L, 2) != LUA_TFUNCTION) return hb_error(L, "register_hook: argument 1 must be a function, got %s", hb_came(L, 2));
+  if (lua_type(L, 2) != LUA_TFUNCTION)
+    return hb_error(L, "register_hook: argument 1 must be a function, got %s", hb_came(L, 2));
   lua_settop(L, 2);
   hook_handle *handle = lua_newuserdatauv(L, sizeof *handle, 1);
   handle->id = 0;
@@ -248,7 +252,8 @@ static int run_custom(lua_State *L) {
     hb_publish(L, st, base + 1 + i);
   }
   for (int i = 0; i < call->n_in; i++) /* nothing raises from here on */
-    if (!lua_isnil(L, base + 1 + i)) call->grad_in[i] = hm_tensor_retain(*(hm_tensor **)lua_touserdata(L, base + 1 + i));
+    if (!lua_isnil(L, base + 1 + i))
+      call->grad_in[i] = hm_tensor_retain(*(hm_tensor **)lua_touserdata(L, base + 1 + i));
   return 0;
 }
 
@@ -262,7 +267,8 @@ static int l_record_custom(lua_State *L) {
   hb_state *st = hb_enter(L);
   const char *name = hb_string(L, 1, "record_custom", "the name");
   int n_in, n_out;
-  if (lua_type(L, 4) != LUA_TFUNCTION) return hb_error(L, "record_custom: backward must be a function, got %s", hb_came(L, 4));
+  if (lua_type(L, 4) != LUA_TFUNCTION)
+    return hb_error(L, "record_custom: backward must be a function, got %s", hb_came(L, 4));
   hm_tensor **in = hb_tensor_list(L, st, 2, "record_custom", "inputs", false, &n_in);
   hm_tensor **out = hb_tensor_list(L, st, 3, "record_custom", "outputs", false, &n_out);
   hb_callback *fn = hb_callback_new(L, st, 4);
@@ -272,8 +278,10 @@ static int l_record_custom(lua_State *L) {
 
 void hb_open_autograd(lua_State *L, hb_state *st) {
   static const luaL_Reg functions[] = {{"grad", l_grad}, {"record_custom", l_record_custom}, {NULL, NULL}};
-  static const luaL_Reg methods[] = {
-      {"backward", l_backward}, {"retain_grad", l_retain_grad}, {"register_hook", l_register_hook}, {NULL, NULL}};
+  static const luaL_Reg methods[] = {{"backward", l_backward},
+                                     {"retain_grad", l_retain_grad},
+                                     {"register_hook", l_register_hook},
+                                     {NULL, NULL}};
   luaL_newmetatable(L, "halfmoon.Hook");
   lua_createtable(L, 0, 1);
   lua_pushcfunction(L, l_hook_remove);

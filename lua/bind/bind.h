@@ -2,15 +2,18 @@
  * bind.h -- private to lua/bind: what the files of the module halfmoon.core share.
  *
  * How the binding works
- *   - One hb_state for each lua_State (a userdata in its registry).  `hb_now` says which coroutine entered the engine last; every C function that
- *     runs ops begins with hb_enter(L), which costs one comparison unless the coroutine changed, and then makes that coroutine's modes current.
- *   - A tensor in Lua is a userdata with one pointer (a reference of its own), NULL after release.  Results are written into a userdata
- *     made beforehand (hb_shell), so that a Lua error never loses a reference.
- *   - A tensor that core keeps and may hand out again (a parameter, a gradient) is entered in a weak map from pointer to userdata
- *     (hb_publish), so that it comes back as the same Lua object.  Fresh results are not entered: only this userdata knows them.
- *   - A status of core becomes a Lua error in hb_raise alone, when nothing is held.  Callbacks from core into Lua go through hb_protected: no Lua
- *     error ever jumps over core.
- *   - Lua's collector may run finalizers at any allocation: __gc functions only release, and never run ops or change the current coroutine.
+ *   - One hb_state for each lua_State (a userdata in its registry).  `hb_now` says which coroutine entered the engine
+ *   last; every C function that runs ops begins with hb_enter(L), which costs one comparison unless the coroutine
+ *   changed, and then makes that coroutine's modes current.
+ *   - A tensor in Lua is a userdata with one pointer (a reference of its own), NULL after release.  Results are written
+ *   into a userdata made beforehand (hb_shell), so that a Lua error never loses a reference.
+ *   - A tensor that core keeps and may hand out again (a parameter, a gradient) is entered in a weak map from pointer
+ *   to userdata (hb_publish), so that it comes back as the same Lua object.  Fresh results are not entered: only this
+ *   userdata knows them.
+ *   - A status of core becomes a Lua error in hb_raise alone, when nothing is held.  Callbacks from core into Lua go
+ *   through hb_protected: no Lua error ever jumps over core.
+ *   - Lua's collector may run finalizers at any allocation: __gc functions only release, and never run ops or change
+ *   the current coroutine.
  *
  * Names: hb_ is the binding, shared by its files; l_ is a function that Lua calls.  Included by lua/bind only.
  */
@@ -50,8 +53,8 @@ enum {
 };
 
 typedef struct hb_state {
-  lua_State *main;           /* main coroutine of this Lua state */
-  const void *metatable;     /* identity of the tensors' metatable */
+  lua_State *main;       /* main coroutine of this Lua state */
+  const void *metatable; /* identity of the tensors' metatable */
   int refs[HB_REF_COUNT];
   bool failed;               /* refs[HB_REF_ERROR] holds an error to raise */
   bool logging;              /* inside the op log's function */
@@ -79,29 +82,35 @@ static inline int hb_push_ref(lua_State *L, const hb_state *st, int which) {
   return lua_rawgeti(L, LUA_REGISTRYINDEX, st->refs[which]);
 }
 /* Pops a value into a registry place. */
-static inline void hb_set_ref(lua_State *L, const hb_state *st, int which) { lua_rawseti(L, LUA_REGISTRYINDEX, st->refs[which]); }
+static inline void hb_set_ref(lua_State *L, const hb_state *st, int which) {
+  lua_rawseti(L, LUA_REGISTRYINDEX, st->refs[which]);
+}
 
 /* Raises "file:line: message", then the module path.  Format as lua_pushfstring. */
 int hb_error(lua_State *L, const char *format, ...) HB_COLD;
-/* The one door from a status to a Lua error: raises the thread's message, or the error value that a callback left.  Call it holding nothing. */
+/* The one door from a status to a Lua error: raises the thread's message, or the error value that a callback left.
+ * Call it holding nothing. */
 int hb_raise(lua_State *L, int status) HB_COLD;
 /* Raises unless all is well. */
 static inline void hb_check(lua_State *L, const hb_state *st, int status) {
   if (__builtin_expect(status != HM_OK || st->failed, 0)) hb_raise(L, status);
 }
-/* "nil, message, code" when the world refused (a file missing, damaged); raises for anything else.  saved_errno: errno after the call. */
+/* "nil, message, code" when the world refused (a file missing, damaged); raises for anything else.  saved_errno: errno
+ * after the call. */
 int hb_refused(lua_State *L, int status, int saved_errno);
 
-/* Runs fn from inside a callback of core, on the current coroutine L, protected.  fn finds `argument` as a light userdata at 1 and the `extra` values
- * that were on top of the stack (popped) from 2 on.  Afterwards the coroutine and its modes are current again.  Returns HM_OK, or
+/* Runs fn from inside a callback of core, on the current coroutine L, protected.  fn finds `argument` as a light
+ * userdata at 1 and the `extra` values that were on top of the stack (popped) from 2 on.  Afterwards the coroutine and
+ * its modes are current again.  Returns HM_OK, or
  * HM_ERR_CALLBACK with core's message filled; keep: the error value itself waits for hb_raise. */
 int hb_protected(lua_State *L, lua_CFunction fn, void *argument, int extra, bool keep);
 
-/* A Lua function that core may call, kept in the registry.  drop is fit for core's `drop(ud)`: it may be called anywhere, also in a finalizer. */
+/* A Lua function that core may call, kept in the registry.  drop is fit for core's `drop(ud)`: it may be called
+ * anywhere, also in a finalizer. */
 typedef struct hb_callback {
   hb_state *state;
-  int ref;            /* registry place of the function; LUA_NOREF for hooks on leaves, see autograd.c */
-  hm_tensor *leaf;    /* such a hook's tensor; borrowed */
+  int ref;         /* registry place of the function; LUA_NOREF for hooks on leaves, see autograd.c */
+  hm_tensor *leaf; /* such a hook's tensor; borrowed */
   struct hb_callback *next;
 } hb_callback;
 /* Takes the function at idx.  May raise. */
@@ -124,7 +133,8 @@ static inline hm_tensor **hb_test(lua_State *L, const hb_state *st, int idx) {
 hm_tensor *hb_tensor(lua_State *L, const hb_state *st, int idx, const char *who, const char *what);
 /* Pushes an empty tensor userdata; the place to write a new reference to. */
 hm_tensor **hb_shell(lua_State *L, const hb_state *st);
-/* After a new reference was written into the shell at idx: if Lua has this tensor already, the shell is replaced by that object. */
+/* After a new reference was written into the shell at idx: if Lua has this tensor already, the shell is replaced by
+ * that object. */
 void hb_settle(lua_State *L, hb_state *st, int idx);
 static inline void hb_settle_shared(lua_State *L, hb_state *st, int idx, const hm_tensor *t) {
   if (t->refs > 1) hb_settle(L, st, idx);
@@ -133,8 +143,10 @@ static inline void hb_settle_shared(lua_State *L, hb_state *st, int idx, const h
 void hb_publish(lua_State *L, hb_state *st, int idx);
 /* Pushes a borrowed tensor as its Lua object (nil for NULL). */
 void hb_push(lua_State *L, hb_state *st, hm_tensor *t);
-/* An array table of tensors at idx -> borrowed pointers in a buffer that lies on the stack (pushed).  *n: how many.  publish: see above. */
-hm_tensor **hb_tensor_list(lua_State *L, hb_state *st, int idx, const char *who, const char *what, bool publish, int *n);
+/* An array table of tensors at idx -> borrowed pointers in a buffer that lies on the stack (pushed).  *n: how many.
+ * publish: see above. */
+hm_tensor **hb_tensor_list(lua_State *L, hb_state *st, int idx, const char *who, const char *what, bool publish,
+                           int *n);
 /* Name given to the tensor, pushed as a string or nil. */
 void hb_push_name(lua_State *L, hb_state *st, int idx);
 void hb_open_tensor(lua_State *L, hb_state *st);
@@ -158,8 +170,8 @@ typedef struct hb_option {
 
 /* True for a table whose keys are strings. */
 bool hb_is_options(lua_State *L, int idx);
-/* Reads the table at idx (nil and none: nothing) into the list, which ends with a NULL name.  An unknown key is an error that
- * names the closest known one. */
+/* Reads the table at idx (nil and none: nothing) into the list, which ends with a NULL name.  An unknown key is an
+ * error that names the closest known one. */
 void hb_options(lua_State *L, int idx, const char *who, const hb_option *list);
 /* The entry of a NULL-terminated list that is nearest to a mistyped name, or NULL. */
 const char *hb_closest(const char *name, const char *const *list);
@@ -192,8 +204,9 @@ const char *hb_came(lua_State *L, int idx);
 
 /* The mode userdata of coroutine L: pushed.  Makes it when L is new. */
 hm_mode *hb_push_mode(lua_State *L, hb_state *st);
-/* hb_protected without extra arguments, for callbacks from the middle of a call into core (hooks in a backward walk): the coroutine takes on the mode
- * that core is in, so that scopes opened by the callback act on it, and has its own back afterwards, whatever coroutines ran meanwhile. */
+/* hb_protected without extra arguments, for callbacks from the middle of a call into core (hooks in a backward walk):
+ * the coroutine takes on the mode that core is in, so that scopes opened by the callback act on it, and has its own
+ * back afterwards, whatever coroutines ran meanwhile. */
 int hb_protected_inside(lua_State *L, lua_CFunction fn, void *argument);
 
 /* ====== pressure.c ====== */
@@ -203,9 +216,10 @@ void hb_pressure_stats(int64_t *count, double *seconds);
 double hb_clock(void);
 
 /* ====== what each file adds to the module table, which is on top of the stack ====== */
-int hb_index(lua_State *L, hb_state *st);     /* index.c: t[key] for a number or table; key at 2, pushes the view */
-int hb_newindex(lua_State *L, hb_state *st);  /* index.c: t[key] = value */
-void hb_table_to_tensor(lua_State *L, hb_state *st, int idx, int dtype, int device, const char *who); /* factory.c: pushes a tensor */
+int hb_index(lua_State *L, hb_state *st);    /* index.c: t[key] for a number or table; key at 2, pushes the view */
+int hb_newindex(lua_State *L, hb_state *st); /* index.c: t[key] = value */
+void hb_table_to_tensor(lua_State *L, hb_state *st, int idx, int dtype, int device,
+                        const char *who); /* factory.c: pushes a tensor */
 void hb_open_index(lua_State *L, hb_state *st);
 void hb_open_factory(lua_State *L, hb_state *st);
 void hb_open_ops(lua_State *L, hb_state *st);

@@ -1,6 +1,6 @@
 /*
- * factory.c -- tensors from nothing, from Lua tables, and from other tensors: tensor empty zeros ones full rand randn randint arange linspace eye
- * cat stack.
+ * factory.c -- tensors from nothing, from Lua tables, and from other tensors: tensor empty zeros ones full rand randn
+ * randint arange linspace eye cat stack.
  *
  * Sizes come first (numbers or one table), options {dtype, device, requires_grad} last.
  */
@@ -19,9 +19,13 @@ typedef struct options {
 static int read_options(lua_State *L, const char *who, options *o) {
   *o = (options){HM_NONE, HM_CPU, false};
   const int last = lua_gettop(L);
-  if (last == 0 || !(hb_is_options(L, last) || (last > 1 && lua_type(L, last) == LUA_TTABLE && lua_rawlen(L, last) == 0))) return last;
-  const hb_option list[] = {
-      {"dtype", HB_DTYPE, &o->dtype}, {"device", HB_DEVICE, &o->device}, {"requires_grad", HB_BOOL, &o->requires_grad}, {0}};
+  if (last == 0 ||
+      !(hb_is_options(L, last) || (last > 1 && lua_type(L, last) == LUA_TTABLE && lua_rawlen(L, last) == 0)))
+    return last;
+  const hb_option list[] = {{"dtype", HB_DTYPE, &o->dtype},
+                            {"device", HB_DEVICE, &o->device},
+                            {"requires_grad", HB_BOOL, &o->requires_grad},
+                            {0}};
   hb_options(L, last, who, list);
   return last - 1;
 }
@@ -29,14 +33,15 @@ static int read_options(lua_State *L, const char *who, options *o) {
 /* Sizes at idx .. last. */
 static void read_shape(lua_State *L, int idx, int last, const char *who, hm_attr *shape) {
   const int next = hb_sizes(L, idx, last, who, "the shape", shape);
-  if (next <= last) hb_error(L, "%s: argument %d is %s: expected a shape and a table of options", who, next, hb_came(L, next));
+  if (next <= last)
+    hb_error(L, "%s: argument %d is %s: expected a shape and a table of options", who, next, hb_came(L, next));
   for (int k = 0; k < shape->n; k++)
     if (shape->v[k] < 0) hb_error(L, "%s: size %d of the shape is negative: %I", who, k + 1, (LUAI_UACINT)shape->v[k]);
 }
 
 /* Pushes a new tensor; fill (an op that writes to its first operand) runs on it unless it is negative. */
-static int make(lua_State *L, hb_state *st, const options *o, int dtype, const hm_attr *shape, int fill, const hm_arg *value,
-                const hm_attr *attr) {
+static int make(lua_State *L, hb_state *st, const options *o, int dtype, const hm_attr *shape, int fill,
+                const hm_arg *value, const hm_attr *attr) {
   hm_tensor **slot = hb_shell(L, st), *same = NULL;
   hb_check(L, st, hm_empty(shape->n, shape->v, o->dtype == HM_NONE ? dtype : o->dtype, o->device, slot));
   if (fill >= 0) {
@@ -83,7 +88,8 @@ static int l_full(lua_State *L) {
   options o;
   hm_attr shape;
   const int last = read_options(L, "full", &o);
-  if (last != 2) return hb_error(L, "full: expected a shape and a value, got %d arguments\n  hint: full({2, 3}, 1.5)", last);
+  if (last != 2)
+    return hb_error(L, "full: expected a shape and a value, got %d arguments\n  hint: full({2, 3}, 1.5)", last);
   read_shape(L, 1, 1, "full", &shape);
   const hm_arg value = read_number(L, 2, "full", "the value");
   return make(L, st, &o, lua_type(L, 2) == LUA_TBOOLEAN ? HM_BOOL : HM_F32, &shape, HM_OP_FILL_, &value, NULL);
@@ -96,7 +102,8 @@ static int l_randint(lua_State *L) {
   hm_attr shape;
   const int last = read_options(L, "randint", &o);
   const int64_t low = hb_integer(L, 1, "randint", "low"), high = hb_integer(L, 2, "randint", "high");
-  if (high <= low) return hb_error(L, "randint: high (%I, excluded) must be above low (%I)", (LUAI_UACINT)high, (LUAI_UACINT)low);
+  if (high <= low)
+    return hb_error(L, "randint: high (%I, excluded) must be above low (%I)", (LUAI_UACINT)high, (LUAI_UACINT)low);
   read_shape(L, 3, last, "randint", &shape);
   return make(L, st, &o, HM_I64, &shape, HM_OP_RANDOM_, NULL, (const hm_attr[]){{.i = low}, {.i = high}, {.n = 0}});
 }
@@ -111,10 +118,12 @@ static int64_t arange_count(lua_State *L, hm_arg start, hm_arg stop, hm_arg step
     const uint64_t size = up ? (uint64_t)step.i : 0 - (uint64_t)step.i;
     return (int64_t)((span - 1) / size + 1);
   }
-  const double a = start.kind == HM_ARG_INT ? (double)start.i : start.f, b = stop.kind == HM_ARG_INT ? (double)stop.i : stop.f;
+  const double a = start.kind == HM_ARG_INT ? (double)start.i : start.f,
+               b = stop.kind == HM_ARG_INT ? (double)stop.i : stop.f;
   const double s = step.kind == HM_ARG_INT ? (double)step.i : step.f;
   const double n = ceil((b - a) / s);
-  if (s == 0 || !isfinite(n) || n > 1e15) hb_error(L, "arange: start, stop and step must be finite, and the step not 0");
+  if (s == 0 || !isfinite(n) || n > 1e15)
+    hb_error(L, "arange: start, stop and step must be finite, and the step not 0");
   return n > 0 ? (int64_t)n : 0;
 }
 
@@ -143,7 +152,8 @@ static int l_linspace(lua_State *L) {
   if (n < 0 || n > INT64_MAX / 16) return hb_error(L, "linspace: n must not be negative, got %I", (LUAI_UACINT)n);
   double *data = lua_newuserdatauv(L, (size_t)n * sizeof *data + 1, 0);
   const double step = n > 1 ? (stop - start) / (double)(n - 1) : 0;
-  for (int64_t i = 0; i < n; i++) data[i] = i < (n + 1) / 2 ? start + step * (double)i : stop - step * (double)(n - 1 - i);
+  for (int64_t i = 0; i < n; i++)
+    data[i] = i < (n + 1) / 2 ? start + step * (double)i : stop - step * (double)(n - 1 - i);
   hm_tensor **slot = hb_shell(L, st);
   hb_check(L, st, hm_from_host(data, HM_F64, 1, &n, o.dtype == HM_NONE ? HM_F32 : o.dtype, o.device, slot));
   if (o.requires_grad) hb_check(L, st, hm_set_requires_grad(*slot, true));
@@ -187,7 +197,8 @@ static void find_shape(lua_State *L, nested *n) {
   lua_pop(L, 1);
 }
 
-/* i as a double whose last bit is set if anything was lost (rounding to odd): rounding that once more, to float32 or less, is exact. */
+/* i as a double whose last bit is set if anything was lost (rounding to odd): rounding that once more, to float32 or
+ * less, is exact. */
 static double round_to_odd(int64_t i) {
   double f = (double)i;
   const bool past = f >= 0x1p63; /* rounded up beyond the range */
@@ -214,12 +225,14 @@ static void stage_value(lua_State *L, nested *n, int type) {
   n->data += 8;
 }
 
-/* Walks the table at the top from dim d: without data it checks the shape and notes the kinds of values, with data it stores them. */
+/* Walks the table at the top from dim d: without data it checks the shape and notes the kinds of values, with data it
+ * stores them. */
 static void walk(lua_State *L, nested *n, int d) {
   const int type = lua_type(L, -1);
   if (d == n->ndim) {
     if (type == LUA_TTABLE) hb_error(L, "%s: tables are nested unevenly: a table where a number should be", n->who);
-    if (type != LUA_TNUMBER && type != LUA_TBOOLEAN) hb_error(L, "%s: values must be numbers or booleans, got %s", n->who, hb_came(L, -1));
+    if (type != LUA_TNUMBER && type != LUA_TBOOLEAN)
+      hb_error(L, "%s: values must be numbers or booleans, got %s", n->who, hb_came(L, -1));
     if (n->data) stage_value(L, n, type);
     else if (type == LUA_TBOOLEAN) n->booleans = true;
     else if (lua_isinteger(L, -1)) n->integers = true;
@@ -227,9 +240,11 @@ static void walk(lua_State *L, nested *n, int d) {
     return;
   }
   if (type != LUA_TTABLE)
-    hb_error(L, "%s: tables are nested unevenly: %s where a table of %I should be", n->who, hb_came(L, -1), (LUAI_UACINT)n->shape[d]);
+    hb_error(L, "%s: tables are nested unevenly: %s where a table of %I should be", n->who, hb_came(L, -1),
+             (LUAI_UACINT)n->shape[d]);
   if ((int64_t)lua_rawlen(L, -1) != n->shape[d])
-    hb_error(L, "%s: tables of unequal length in dim %d: %I and %I", n->who, d + 1, (LUAI_UACINT)n->shape[d], (LUAI_UACINT)lua_rawlen(L, -1));
+    hb_error(L, "%s: tables of unequal length in dim %d: %I and %I", n->who, d + 1, (LUAI_UACINT)n->shape[d],
+             (LUAI_UACINT)lua_rawlen(L, -1));
   for (int64_t k = 1; k <= n->shape[d]; k++) {
     lua_rawgeti(L, -1, k);
     walk(L, n, d + 1);
@@ -266,8 +281,10 @@ static int l_tensor(lua_State *L) {
   const int top = lua_gettop(L);
   if (top == 0 || top > 2) return hb_error(L, "tensor: expected values and a table of options, got %d arguments", top);
   if (top == 2) {
-    const hb_option list[] = {
-        {"dtype", HB_DTYPE, &o.dtype}, {"device", HB_DEVICE, &o.device}, {"requires_grad", HB_BOOL, &o.requires_grad}, {0}};
+    const hb_option list[] = {{"dtype", HB_DTYPE, &o.dtype},
+                              {"device", HB_DEVICE, &o.device},
+                              {"requires_grad", HB_BOOL, &o.requires_grad},
+                              {0}};
     hb_options(L, 2, "tensor", list);
     device_given = lua_istable(L, 2) && lua_getfield(L, 2, "device") != LUA_TNIL;
     lua_settop(L, 2);
@@ -305,9 +322,9 @@ static int l_stack(lua_State *L) { return join(L, "stack", true); }
 
 void hb_open_factory(lua_State *L, hb_state *st) {
   (void)st;
-  static const luaL_Reg functions[] = {{"tensor", l_tensor}, {"empty", l_empty},     {"zeros", l_zeros},   {"ones", l_ones},
-                                       {"full", l_full},     {"rand", l_rand},       {"randn", l_randn},   {"randint", l_randint},
-                                       {"arange", l_arange}, {"linspace", l_linspace}, {"eye", l_eye},     {"cat", l_cat},
-                                       {"stack", l_stack},   {NULL, NULL}};
+  static const luaL_Reg functions[] = {
+      {"tensor", l_tensor}, {"empty", l_empty}, {"zeros", l_zeros},     {"ones", l_ones},     {"full", l_full},
+      {"rand", l_rand},     {"randn", l_randn}, {"randint", l_randint}, {"arange", l_arange}, {"linspace", l_linspace},
+      {"eye", l_eye},       {"cat", l_cat},     {"stack", l_stack},     {NULL, NULL}};
   hb_functions(L, functions);
 }

@@ -1,8 +1,9 @@
 /*
  * files.c -- safetensors, IDX and the batch loader.
  *
- * "The world refused" (no such file, damaged data) gives nil, message, code from safetensors_save and safetensors_load; everything else, and
- * core.idx, raises.  Open files and loaders are userdata, so that an error in the middle closes them.
+ * "The world refused" (no such file, damaged data) gives nil, message, code from safetensors_save and safetensors_load;
+ * everything else, and core.idx, raises.  Open files and loaders are userdata, so that an error in the middle closes
+ * them.
  */
 #include <errno.h>
 
@@ -12,14 +13,30 @@
 #define HB_LOADER "halfmoon.Loader"
 
 static const char *errno_name(int e) {
-  switch (e) {
-#define X(name) \
-  case name: return #name;
-    X(ENOENT) X(EACCES) X(EPERM) X(EISDIR) X(ENOTDIR) X(ENOSPC) X(EROFS) X(EEXIST) X(EMFILE) X(ENFILE) X(ENAMETOOLONG) X(ELOOP)
-    X(EDQUOT) X(EFBIG) X(EBUSY) X(ENODEV) X(ENXIO) X(EINVAL)
-#undef X
-  default: return "EIO";
-  }
+  static const struct {
+    int value;
+    const char *name;
+  } known[] = {{ENOENT, "ENOENT"},
+               {EACCES, "EACCES"},
+               {EPERM, "EPERM"},
+               {EISDIR, "EISDIR"},
+               {ENOTDIR, "ENOTDIR"},
+               {ENOSPC, "ENOSPC"},
+               {EROFS, "EROFS"},
+               {EEXIST, "EEXIST"},
+               {EMFILE, "EMFILE"},
+               {ENFILE, "ENFILE"},
+               {ENAMETOOLONG, "ENAMETOOLONG"},
+               {ELOOP, "ELOOP"},
+               {EDQUOT, "EDQUOT"},
+               {EFBIG, "EFBIG"},
+               {EBUSY, "EBUSY"},
+               {ENODEV, "ENODEV"},
+               {ENXIO, "ENXIO"},
+               {EINVAL, "EINVAL"}};
+  for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+    if (known[i].value == e) return known[i].name;
+  return "EIO";
 }
 
 int hb_refused(lua_State *L, int status, int saved_errno) {
@@ -35,14 +52,17 @@ int hb_refused(lua_State *L, int status, int saved_errno) {
 /* Entries at idx: array of {name, tensor}.  Pushes the buffer; names and tensors are borrowed from the table. */
 static hm_named *read_entries(lua_State *L, hb_state *st, int idx, int *n) {
   const char *who = "safetensors_save";
-  if (lua_type(L, idx) != LUA_TTABLE) hb_error(L, "%s: the entries must be an array of {name, tensor}, got %s", who, hb_came(L, idx));
+  if (lua_type(L, idx) != LUA_TTABLE)
+    hb_error(L, "%s: the entries must be an array of {name, tensor}, got %s", who, hb_came(L, idx));
   *n = (int)lua_rawlen(L, idx);
   hm_named *list = lua_newuserdatauv(L, (size_t)*n * sizeof *list + 1, 0);
   for (int i = 0; i < *n; i++) {
-    if (lua_rawgeti(L, idx, i + 1) != LUA_TTABLE) hb_error(L, "%s: entry %d must be {name, tensor}, got %s", who, i + 1, hb_came(L, -1));
+    if (lua_rawgeti(L, idx, i + 1) != LUA_TTABLE)
+      hb_error(L, "%s: entry %d must be {name, tensor}, got %s", who, i + 1, hb_came(L, -1));
     lua_rawgeti(L, -1, 1);
     lua_rawgeti(L, -2, 2);
-    if (lua_type(L, -2) != LUA_TSTRING) hb_error(L, "%s: the name of entry %d must be a string, got %s", who, i + 1, hb_came(L, -2));
+    if (lua_type(L, -2) != LUA_TSTRING)
+      hb_error(L, "%s: the name of entry %d must be a string, got %s", who, i + 1, hb_came(L, -2));
     list[i].name = lua_tostring(L, -2);
     list[i].tensor = hb_tensor(L, st, -1, who, list[i].name);
     lua_pop(L, 3);
@@ -54,13 +74,15 @@ static hm_named *read_entries(lua_State *L, hb_state *st, int idx, int *n) {
 static hm_pair *read_metadata(lua_State *L, int idx, int *n) {
   *n = 0;
   if (lua_isnoneornil(L, idx)) return NULL;
-  if (lua_type(L, idx) != LUA_TTABLE) hb_error(L, "safetensors_save: metadata must be a table of strings, got %s", hb_came(L, idx));
+  if (lua_type(L, idx) != LUA_TTABLE)
+    hb_error(L, "safetensors_save: metadata must be a table of strings, got %s", hb_came(L, idx));
   int count = 0;
   for (lua_pushnil(L); lua_next(L, idx); lua_pop(L, 1)) count++;
   hm_pair *list = lua_newuserdatauv(L, (size_t)count * sizeof *list + 1, 0);
   for (lua_pushnil(L); lua_next(L, idx); lua_pop(L, 1)) {
     if (lua_type(L, -2) != LUA_TSTRING || lua_type(L, -1) != LUA_TSTRING)
-      hb_error(L, "safetensors_save: metadata must have strings as keys and values, got the pair %s, %s", hb_came(L, -2), hb_came(L, -1));
+      hb_error(L, "safetensors_save: metadata must have strings as keys and values, got the pair %s, %s",
+               hb_came(L, -2), hb_came(L, -1));
     list[(*n)++] = (hm_pair){lua_tostring(L, -2), lua_tostring(L, -1)};
   }
   return list;
@@ -176,7 +198,8 @@ static int l_loader_new(lua_State *L) {
                                  {"scale", HB_NUMBER, &o.scale},
                                  {"shift", HB_NUMBER, &o.shift},
                                  {0}});
-  if (prefetch < 0 || prefetch > 1024) return hb_error(L, "loader: prefetch must be from 0 to 1024, got %I", (LUAI_UACINT)prefetch);
+  if (prefetch < 0 || prefetch > 1024)
+    return hb_error(L, "loader: prefetch must be from 0 to 1024, got %I", (LUAI_UACINT)prefetch);
   o.seed = (uint64_t)seed;
   o.prefetch = (int)prefetch;
   int n;
@@ -232,10 +255,16 @@ static int l_loader_next(lua_State *L) {
 
 void hb_open_files(lua_State *L, hb_state *st) {
   (void)st;
-  static const luaL_Reg functions[] = {
-      {"safetensors_save", l_save}, {"safetensors_load", l_load}, {"idx", l_idx}, {"loader_new", l_loader_new}, {NULL, NULL}};
-  static const luaL_Reg methods[] = {{"start", l_loader_start},     {"next", l_loader_next}, {"batches", l_loader_batches},
-                                     {"close", l_loader_close},     {NULL, NULL}};
+  static const luaL_Reg functions[] = {{"safetensors_save", l_save},
+                                       {"safetensors_load", l_load},
+                                       {"idx", l_idx},
+                                       {"loader_new", l_loader_new},
+                                       {NULL, NULL}};
+  static const luaL_Reg methods[] = {{"start", l_loader_start},
+                                     {"next", l_loader_next},
+                                     {"batches", l_loader_batches},
+                                     {"close", l_loader_close},
+                                     {NULL, NULL}};
   luaL_newmetatable(L, HB_FILE);
   lua_pushcfunction(L, l_file_gc);
   lua_setfield(L, -2, "__gc");

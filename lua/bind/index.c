@@ -1,7 +1,9 @@
 /*
- * index.c -- t[i], t[{...}] and their assignment; narrow, select, split, chunk.  All are views made of the rows `select` and `narrow`.
+ * index.c -- t[i], t[{...}] and their assignment; narrow, select, split, chunk.  All are views made of the rows
+ * `select` and `narrow`.
  *
- * A key is read completely into a plan before the first view is made, so that a bad key costs nothing.  Positions count from 1, ranges include both ends.
+ * A key is read completely into a plan before the first view is made, so that a bad key costs nothing.  Positions count
+ * from 1, ranges include both ends.
  */
 #include "bind.h"
 
@@ -23,14 +25,18 @@ static void read_range(lua_State *L, int idx, const hm_tensor *t, int d, step *s
   const lua_Unsigned n = lua_rawlen(L, idx);
   *s = (step){true, 0, size};
   if (n == 0) return;
-  if (n > 2) hb_error(L, "%s: a range has two ends, {from, to}, both included; the one for dim %d has %d numbers", who, d + 1, (int)n);
+  if (n > 2)
+    hb_error(L, "%s: a range has two ends, {from, to}, both included; the one for dim %d has %d numbers", who, d + 1,
+             (int)n);
   lua_rawgeti(L, idx, 1);
   lua_rawgeti(L, idx, (lua_Integer)n);
   int64_t from = hb_integer(L, -2, who, "the start of a range"), to = hb_integer(L, -1, who, "the end of a range");
   lua_pop(L, 2);
   from = hb_position(L, from, size, d, who);
   to = hb_position(L, to, size, d, who);
-  if (to < from) hb_error(L, "%s: range {%I, %I} for dim %d runs backwards", who, (LUAI_UACINT)(from + 1), (LUAI_UACINT)(to + 1), d + 1);
+  if (to < from)
+    hb_error(L, "%s: range {%I, %I} for dim %d runs backwards", who, (LUAI_UACINT)(from + 1), (LUAI_UACINT)(to + 1),
+             d + 1);
   s->start = from;
   s->length = to - from + 1;
 }
@@ -47,16 +53,17 @@ static void read_key(lua_State *L, hb_state *st, int idx, const hm_tensor *t, pl
     hb_error(L, "%s: a key must be a position or a table of positions and ranges, got %s%s", who, hb_came(L, idx),
              hb_test(L, st, idx) ? "\n  hint: where(mask, a, b) selects by a mask" : "");
   const lua_Unsigned n = lua_rawlen(L, idx);
-  if (n > (lua_Unsigned)t->ndim) hb_error(L, "%s: the key has %d entries, the tensor %d dims", who, (int)n, (int)t->ndim);
+  if (n > (lua_Unsigned)t->ndim)
+    hb_error(L, "%s: the key has %d entries, the tensor %d dims", who, (int)n, (int)t->ndim);
   for (int d = 0; d < (int)n; d++) {
     const int type = lua_rawgeti(L, idx, d + 1);
     step *s = &p->step[p->n++];
     if (type == LUA_TNUMBER)
       *s = (step){false, hb_position(L, hb_integer(L, -1, who, "a position"), t->shape[d], d, who), 1};
-    else if (type == LUA_TTABLE)
-      read_range(L, lua_gettop(L), t, d, s, who);
+    else if (type == LUA_TTABLE) read_range(L, lua_gettop(L), t, d, s, who);
     else
-      hb_error(L, "%s: entry %d of the key must be a position or a range {from, to}, got %s", who, d + 1, hb_came(L, -1));
+      hb_error(L, "%s: entry %d of the key must be a position or a range {from, to}, got %s", who, d + 1,
+               hb_came(L, -1));
     lua_pop(L, 1);
   }
 }
@@ -72,7 +79,8 @@ static int apply(hm_tensor *t, const plan *p, hm_tensor **out) {
       continue;
     }
     hm_tensor *next = NULL;
-    status = s->narrow ? hm_op_narrow(hm_t(now), dim, s->start, s->length, &next) : hm_op_select(hm_t(now), dim, s->start, &next);
+    status = s->narrow ? hm_op_narrow(hm_t(now), dim, s->start, s->length, &next)
+                       : hm_op_select(hm_t(now), dim, s->start, &next);
     dim += s->narrow;
     hm_tensor_release(now);
     now = next;
@@ -114,7 +122,9 @@ int hb_newindex(lua_State *L, hb_state *st) {
   }
   hm_tensor **view = hb_shell(L, st), **same = hb_shell(L, st);
   int status = apply(t, &p, view);
-  if (!status) status = value.kind == HM_ARG_TENSOR ? hm_op_copy_(hm_t(*view), value, same) : hm_op_fill_(hm_t(*view), value, same);
+  if (!status)
+    status =
+        value.kind == HM_ARG_TENSOR ? hm_op_copy_(hm_t(*view), value, same) : hm_op_fill_(hm_t(*view), value, same);
   hm_tensor_release(*same); /* the view itself, once more */
   *same = NULL;
   hm_tensor_release(*view);
@@ -140,8 +150,8 @@ static int l_narrow(lua_State *L) {
   if (!(length == 0 && start == t->shape[d] + 1)) start = hb_position(L, start, t->shape[d], (int)d, "narrow");
   else start--;
   if (length < 0 || length > t->shape[d] - start)
-    return hb_error(L, "narrow: length %I from position %I does not fit in dim %d of size %I", (LUAI_UACINT)length, (LUAI_UACINT)(start + 1),
-                    (int)d + 1, (LUAI_UACINT)t->shape[d]);
+    return hb_error(L, "narrow: length %I from position %I does not fit in dim %d of size %I", (LUAI_UACINT)length,
+                    (LUAI_UACINT)(start + 1), (int)d + 1, (LUAI_UACINT)t->shape[d]);
   hm_tensor **slot = hb_shell(L, st);
   hb_check(L, st, hm_op_narrow(hm_t(t), d, start, length, slot));
   return 1;
@@ -159,7 +169,8 @@ static int l_select(lua_State *L) {
 }
 
 /* Appends narrow(d, start, length) to the table on top, as entry k. */
-static void append_piece(lua_State *L, hb_state *st, hm_tensor *t, int64_t d, int64_t start, int64_t length, int64_t k) {
+static void append_piece(lua_State *L, hb_state *st, hm_tensor *t, int64_t d, int64_t start, int64_t length,
+                         int64_t k) {
   hm_tensor **slot = hb_shell(L, st);
   hb_check(L, st, hm_op_narrow(hm_t(t), d, start, length, slot));
   lua_rawseti(L, -2, k);
@@ -197,11 +208,14 @@ static int l_split(lua_State *L) {
   for (int k = 1; k <= n; k++) {
     lua_rawgeti(L, 2, k);
     const int64_t size = hb_integer(L, -1, "split", "a size");
-    if (size < 0 || size > total - sum) return hb_error(L, "split: the sizes must add up to %I, the size of dim %d", (LUAI_UACINT)total, (int)d + 1);
+    if (size < 0 || size > total - sum)
+      return hb_error(L, "split: the sizes must add up to %I, the size of dim %d", (LUAI_UACINT)total, (int)d + 1);
     sum += size;
     lua_pop(L, 1);
   }
-  if (sum != total) return hb_error(L, "split: the sizes add up to %I, but dim %d has size %I", (LUAI_UACINT)sum, (int)d + 1, (LUAI_UACINT)total);
+  if (sum != total)
+    return hb_error(L, "split: the sizes add up to %I, but dim %d has size %I", (LUAI_UACINT)sum, (int)d + 1,
+                    (LUAI_UACINT)total);
   lua_createtable(L, n, 0);
   int64_t start = 0;
   for (int k = 1; k <= n; k++) {

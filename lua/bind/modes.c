@@ -1,10 +1,11 @@
 /*
  * modes.c -- gradients on or off and autocast, as scopes that belong to a coroutine.
  *
- * Each coroutine has a mode of its own (a userdata in a table with weak keys): gradients on, autocast off at first.  A scope is a guard, a
- * userdata that remembers what it replaced.  The open guards of a coroutine form a stack for each kind (gradients, autocast); a guard that is
- * closed out of order hands what it remembers to the guard above it, so that any order of closing ends in the right state.  A guard that is
- * dropped unclosed does the same in its finalizer, and warns if its coroutine still lives.
+ * Each coroutine has a mode of its own (a userdata in a table with weak keys): gradients on, autocast off at first.  A
+ * scope is a guard, a userdata that remembers what it replaced.  The open guards of a coroutine form a stack for each
+ * kind (gradients, autocast); a guard that is
+ * closed out of order hands what it remembers to the guard above it, so that any order of closing ends in the right
+ * state.  A guard that is dropped unclosed does the same in its finalizer, and warns if its coroutine still lives.
  *
  * The function form runs its function with a guard in a to-be-closed slot: an error or a dead coroutine closes it.
  */
@@ -41,7 +42,9 @@ hm_mode *hb_push_mode(lua_State *L, hb_state *st) {
   if (lua_rawget(L, -2) != LUA_TUSERDATA) {
     lua_pop(L, 1);
     hb_mode *m = lua_newuserdatauv(L, sizeof *m, 0);
-    *m = (hb_mode){.mode = {.grad = true, .autocast = false, .cache = true, .low = HM_F16, .backward_dtype = HM_NONE, .cls = NULL}};
+    *m = (hb_mode){
+        .mode = {
+            .grad = true, .autocast = false, .cache = true, .low = HM_F16, .backward_dtype = HM_NONE, .cls = NULL}};
     lua_pushthread(L);
     lua_pushvalue(L, -2);
     lua_rawset(L, -4);
@@ -167,7 +170,8 @@ static int finish(lua_State *L, int status, lua_KContext base) {
   return lua_gettop(L) - (int)base;
 }
 
-/* With the guard on top and a function at fn: runs it inside and returns its results; without one, returns the guard. */
+/* With the guard on top and a function at fn: runs it inside and returns its results; without one, returns the guard.
+ * */
 static int enter(lua_State *L, int fn) {
   if (lua_gettop(L) <= fn || lua_isnil(L, fn)) {
     lua_settop(L, lua_gettop(L)); /* the guard is the result */
@@ -199,7 +203,8 @@ typedef struct region {
 
 static void check_region(lua_State *L, const region *r) {
   if (r->dtype != HM_F16 && r->dtype != HM_BF16)
-    hb_error(L, "autocast: dtype must be float16 or bfloat16, got %s\n  hint: {enabled = false} for a run in float32", hm_dtype_name(r->dtype));
+    hb_error(L, "autocast: dtype must be float16 or bfloat16, got %s\n  hint: {enabled = false} for a run in float32",
+             hm_dtype_name(r->dtype));
   if (r->backward != HM_NONE && r->backward != HM_F32)
     hb_error(L, "autocast: backward must be \"float32\" or nothing, got %s", hm_dtype_name(r->backward));
 }
@@ -227,7 +232,8 @@ static int unknown_op(lua_State *L, const char *name) {
 /* Reads {op = class, ...} at idx into letters; true if there is any. */
 static bool read_classes(lua_State *L, int idx, char *cls) {
   bool any = false;
-  if (lua_type(L, idx) != LUA_TTABLE) hb_error(L, "autocast: ops must be a table like {exp = \"low\"}, got %s", hb_came(L, idx));
+  if (lua_type(L, idx) != LUA_TTABLE)
+    hb_error(L, "autocast: ops must be a table like {exp = \"low\"}, got %s", hb_came(L, idx));
   lua_pushnil(L);
   while (lua_next(L, idx)) {
     const char *name = hb_string(L, -2, "autocast", "a key of ops");
@@ -265,7 +271,8 @@ static int l_autocast(lua_State *L) {
   if (override) memcpy(cls, now->cls, sizeof cls); /* inherited, and kept even if the outer guard goes first */
   int fn = 2;
   if (lua_type(L, 1) == LUA_TSTRING) r.dtype = hb_dtype(L, 1, "autocast");
-  else if (lua_type(L, 1) == LUA_TTABLE && luaL_getmetafield(L, 1, "__call") == LUA_TNIL) override |= read_region(L, 1, &r, cls);
+  else if (lua_type(L, 1) == LUA_TTABLE && luaL_getmetafield(L, 1, "__call") == LUA_TNIL)
+    override |= read_region(L, 1, &r, cls);
   else if (lua_isnoneornil(L, 1)) fn = 2;
   else if (lua_type(L, 1) == LUA_TNUMBER || lua_type(L, 1) == LUA_TBOOLEAN)
     return hb_error(L, "autocast: argument 1 must be a dtype, a table of options or a function, got %s", hb_came(L, 1));

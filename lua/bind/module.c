@@ -1,7 +1,8 @@
 /*
  * module.c -- the C module halfmoon.core: opening it, which coroutine runs, how errors reach Lua, how core calls Lua.
  *
- * The state of the binding is a userdata in the registry, made before anything else with a finalizer, so that Lua closes it last.
+ * The state of the binding is a userdata in the registry, made before anything else with a finalizer, so that Lua
+ * closes it last.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -51,7 +52,8 @@ static void push_where(lua_State *L, const hb_state *st) {
 
 /* Pushes "\n  in <module path>", or "". */
 static void push_path(lua_State *L, hb_state *st) {
-  if (hb_push_ref(L, st, HB_REF_PATH) == LUA_TFUNCTION && lua_pcall(L, 0, 1, 0) == LUA_OK && lua_type(L, -1) == LUA_TSTRING) {
+  if (hb_push_ref(L, st, HB_REF_PATH) == LUA_TFUNCTION && lua_pcall(L, 0, 1, 0) == LUA_OK &&
+      lua_type(L, -1) == LUA_TSTRING) {
     lua_pushfstring(L, "\n  in %s", lua_tostring(L, -1));
     lua_remove(L, -2);
     return;

@@ -1,8 +1,10 @@
 /*
- * ops.c -- every row of the op table as Lua functions, methods, operators and in-place forms; core.call, core.ops, core.op_log.
+ * ops.c -- every row of the op table as Lua functions, methods, operators and in-place forms; core.call, core.ops,
+ * core.op_log.
  *
- * A bound op is a C closure with the op id as its upvalue.  Operands and attributes are read from the Lua stack into arrays on the C stack;
- * the result goes into a userdata made before the call.  Unary and binary rows without attributes have an entry of their own.
+ * A bound op is a C closure with the op id as its upvalue.  Operands and attributes are read from the Lua stack into
+ * arrays on the C stack; the result goes into a userdata made before the call.  Unary and binary rows without
+ * attributes have an entry of their own.
  *
  * Lua counts dims from 1; a dim leaves here 0-based and not negative wherever the number of dims is known.
  */
@@ -15,8 +17,8 @@
 static int operand_error(lua_State *L, const hm_op_info *info, int i, int idx) {
   if (lua_type(L, idx) == LUA_TUSERDATA && hb_test(L, hb_now.state, idx))
     return hb_error(L, "%s: operand %d (%s) was released", info->name, i + 1, info->in[i].name);
-  return hb_error(L, "%s: operand %d (%s) must be a tensor or a number, got %s\n  %s", info->name, i + 1, info->in[i].name,
-                  lua_isnone(L, idx) ? "nothing" : hb_came(L, idx), info->signature);
+  return hb_error(L, "%s: operand %d (%s) must be a tensor or a number, got %s\n  %s", info->name, i + 1,
+                  info->in[i].name, lua_isnone(L, idx) ? "nothing" : hb_came(L, idx), info->signature);
 }
 
 /* Reads operand i from idx. */
@@ -28,9 +30,7 @@ static inline void read_operand(lua_State *L, const hb_state *st, const hm_op_in
     *arg = (hm_arg){HM_ARG_TENSOR, {.t = *slot}};
     return;
   }
-  case LUA_TNUMBER:
-    *arg = lua_isinteger(L, idx) ? hm_i(lua_tointeger(L, idx)) : hm_f(lua_tonumber(L, idx));
-    return;
+  case LUA_TNUMBER: *arg = lua_isinteger(L, idx) ? hm_i(lua_tointeger(L, idx)) : hm_f(lua_tonumber(L, idx)); return;
   case LUA_TBOOLEAN: *arg = hm_i(lua_toboolean(L, idx)); return;
   case LUA_TNIL:
   case LUA_TNONE:
@@ -121,11 +121,13 @@ static void read_named(reader *r, int idx) {
   luaL_checkstack(L, 12, NULL);
   lua_pushnil(L);
   while (lua_next(L, idx)) {
-    if (lua_type(L, -2) != LUA_TSTRING) hb_error(L, "%s: options must have names as keys, got the key %s", r->info->name, hb_came(L, -2));
+    if (lua_type(L, -2) != LUA_TSTRING)
+      hb_error(L, "%s: options must have names as keys, got the key %s", r->info->name, hb_came(L, -2));
     const char *name = lua_tostring(L, -2);
     const int value = lua_gettop(L);
     int k = 0;
-    while (k < r->info->n_attr && (strcmp(name, r->info->attr[k].name) != 0 || r->info->attr[k].type == HM_ATTR_RNG)) k++;
+    while (k < r->info->n_attr && (strcmp(name, r->info->attr[k].name) != 0 || r->info->attr[k].type == HM_ATTR_RNG))
+      k++;
     if (k < r->info->n_attr) {
       if (r->given & 1u << k) hb_error(L, "%s: %s is given twice", r->info->name, name);
       read_attr(r, k, value, value);
@@ -167,8 +169,8 @@ static void read_attrs(reader *r, int idx) {
 /* ====== Calling ====== */
 
 /* Runs a row whose operands came from the stack at first .. ; pushes its results. */
-static int run(lua_State *L, hb_state *st, int op, const hm_op_info *info, const hm_arg *in, int first, const hm_attr *attr,
-               int out_dtype) {
+static int run(lua_State *L, hb_state *st, int op, const hm_op_info *info, const hm_arg *in, int first,
+               const hm_attr *attr, int out_dtype) {
   luaL_checkstack(L, 2 * HM_MAX_OUT + 6, NULL);
   hm_tensor **slot[HM_MAX_OUT], *out[HM_MAX_OUT] = {NULL};
   const int n = info->n_out;
@@ -273,7 +275,8 @@ static int l_zero_(lua_State *L) {
   return run(L, st, HM_OP_FILL_, hm_op_get(HM_OP_FILL_), in, 1, NULL, HM_NONE);
 }
 
-/* max and min.  Upvalues: whole, along a dim, elementwise.  x:max() -> value; x:max(dim[, keepdim]) -> values, indices; x:max(y) -> the larger. */
+/* max and min.  Upvalues: whole, along a dim, elementwise.  x:max() -> value; x:max(dim[, keepdim]) -> values, indices;
+ * x:max(y) -> the larger. */
 static int l_extreme(lua_State *L) {
   hb_state *st = hb_enter(L);
   const char *who = hm_op_get((int)lua_tointeger(L, lua_upvalueindex(2)))->name;
@@ -530,7 +533,8 @@ static void log_event(void *ud, const hm_op_event *event) {
 static int l_op_log(lua_State *L) {
   hb_state *st = hb_enter(L);
   const bool on = !lua_isnoneornil(L, 1);
-  if (on && lua_type(L, 1) != LUA_TFUNCTION) return hb_error(L, "op_log: argument 1 must be a function or nil, got %s", hb_came(L, 1));
+  if (on && lua_type(L, 1) != LUA_TFUNCTION)
+    return hb_error(L, "op_log: argument 1 must be a function or nil, got %s", hb_came(L, 1));
   lua_settop(L, 1);
   hb_set_ref(L, st, HB_REF_LOG);
   hm_set_op_log(on ? log_event : NULL, NULL);
@@ -567,7 +571,8 @@ static void bind_row(lua_State *L, int op, int module, int methods, int metatabl
     }
   }
   for (int i = 0; info->meta && events[i]; i++)
-    if (strcmp(info->meta, events[i]) == 0) bind_as(L, metatable, info->meta, info->n_in == 1 ? l_unary_meta : entry(info), op);
+    if (strcmp(info->meta, events[i]) == 0)
+      bind_as(L, metatable, info->meta, info->n_in == 1 ? l_unary_meta : entry(info), op);
 }
 
 static void bind_extreme(lua_State *L, int table, const char *name, int whole, int dim, int pairwise) {

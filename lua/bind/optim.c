@@ -55,7 +55,8 @@ static int l_gc(lua_State *L) {
 
 /* PyTorch's defaults. */
 static hm_optim_options defaults(hm_optim_kind kind) {
-  return (hm_optim_options){.lr = 1e-3, .weight_decay = kind == HM_OPTIM_ADAMW ? 1e-2 : 0, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8};
+  return (hm_optim_options){
+      .lr = 1e-3, .weight_decay = kind == HM_OPTIM_ADAMW ? 1e-2 : 0, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8};
 }
 
 static const struct {
@@ -79,7 +80,8 @@ static int l_add_group(lua_State *L) {
   hb_optimizer *u = self(L, "add_group");
   hm_optim_options o = defaults(u->kind);
   hb_option list[FIELDS + 1] = {{0}};
-  for (int i = 0; i < FIELDS; i++) list[i] = (hb_option){fields[i].name, fields[i].flag ? HB_BOOL : HB_NUMBER, (char *)&o + fields[i].offset};
+  for (int i = 0; i < FIELDS; i++)
+    list[i] = (hb_option){fields[i].name, fields[i].flag ? HB_BOOL : HB_NUMBER, (char *)&o + fields[i].offset};
   hb_options(L, 3, kinds[u->kind], list);
   int n, group = 0;
   hm_tensor **params = hb_tensor_list(L, st, 2, kinds[u->kind], "the list of parameters", true, &n);
@@ -258,7 +260,10 @@ void hb_open_optim(lua_State *L, hb_state *st) {
                                      {"set_param_step", l_set_param_step},
                                      {"state_bytes", l_state_bytes},
                                      {NULL, NULL}};
-  static const luaL_Reg functions[] = {{"optim_new", l_new}, {"grad_norm", l_grad_norm}, {"grad_scale", l_grad_scale}, {NULL, NULL}};
+  static const luaL_Reg functions[] = {{"optim_new", l_new},
+                                       {"grad_norm", l_grad_norm},
+                                       {"grad_scale", l_grad_scale},
+                                       {NULL, NULL}};
   luaL_newmetatable(L, HB_OPTIM);
   lua_pushlightuserdata(L, st);
   lua_pushcclosure(L, l_gc, 1);

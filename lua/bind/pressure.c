@@ -1,13 +1,16 @@
 /*
- * pressure.c -- the pressure hook: when tensor memory misses its cache, Lua may hold dead tensors that its collector does not hurry to find.
+ * pressure.c -- the pressure hook: when tensor memory misses its cache, Lua may hold dead tensors that its collector
+ * does not hurry to find.
  *
- * Core calls the hook on the mutator thread, outside its locks.  Collecting is a bet: a full collection costs time in proportion to the Lua heap, and
- * gives back the memory of tensors that nothing refers to.  The rule:
+ * Core calls the hook on the mutator thread, outside its locks.  Collecting is a bet: a full collection costs time in
+ * proportion to the Lua heap, and gives back the memory of tensors that nothing refers to.  The rule:
  *   - at least MIN_GROWTH bytes and MIN_SHARE of the live bytes were missed since the last useful collection;
- *   - all collections together, the one about to run included at its usual price, stay under BUDGET of the time since the module was opened;
+ *   - all collections together, the one about to run included at its usual price, stay under BUDGET of the time since
+ *   the module was opened;
  *   - out of memory: always.
- * A single step comes first.  In generational mode that is a young collection, which costs next to nothing and finds what a training step
- * dropped; in incremental mode it finds little, and is then left out for a while.  A full collection follows if the step gave back less than half
+ * A single step comes first.  In generational mode that is a young collection, which costs next to nothing and finds
+ * what a training step dropped; in incremental mode it finds little, and is then left out for a while.  A full
+ * collection follows if the step gave back less than half
  * of what was missed.
  *
  * Never inside a finalizer (Lua refuses to collect there) or lua_Alloc (core is not called from there).
@@ -25,9 +28,9 @@ static struct {
   double spent;     /* seconds in collections */
   double full_cost; /* usual price of a full collection, and of a step */
   double step_cost;
-  int64_t count;    /* collections */
-  int64_t missed;   /* bytes since the last useful one */
-  int step_trust;   /* below 0: steps found nothing lately, and that many hooks go by without one */
+  int64_t count;  /* collections */
+  int64_t missed; /* bytes since the last useful one */
+  int step_trust; /* below 0: steps found nothing lately, and that many hooks go by without one */
   bool busy;
 } pressure;
 
@@ -48,7 +51,8 @@ static int64_t live_bytes(void) {
   return s.live;
 }
 
-/* Runs one kind of collection (LUA_GCSTEP or LUA_GCCOLLECT), keeping the running coroutine and its modes.  Returns the bytes that became free. */
+/* Runs one kind of collection (LUA_GCSTEP or LUA_GCCOLLECT), keeping the running coroutine and its modes.  Returns the
+ * bytes that became free. */
 static int64_t collect(lua_State *L, int what, double *price) {
   hm_mode *mode = hm_mode_current();
   const int64_t live = live_bytes();
@@ -81,14 +85,14 @@ static bool try_step(lua_State *L) {
   return useful;
 }
 
-static void on_pressure(void *ud, size_t bytes, bool desperate) {
+static bool on_pressure(void *ud, size_t bytes, bool desperate) {
   (void)ud;
   lua_State *L = hb_now.L;
   pressure.missed += (int64_t)bytes;
-  if (!L || pressure.busy) return;
-  if (!desperate &&
-      (pressure.missed < MIN_GROWTH || (double)pressure.missed < MIN_SHARE * (double)live_bytes() || !lua_gc(L, LUA_GCISRUNNING)))
-    return;
+  if (!L || pressure.busy) return false;
+  if (!desperate && (pressure.missed < MIN_GROWTH || (double)pressure.missed < MIN_SHARE * (double)live_bytes() ||
+                     !lua_gc(L, LUA_GCISRUNNING)))
+    return false;
   pressure.busy = true;
   bool done = !desperate && try_step(L);
   if (desperate || (!done && fits_budget(pressure.full_cost))) {
@@ -98,6 +102,7 @@ static void on_pressure(void *ud, size_t bytes, bool desperate) {
   }
   if (done) pressure.missed = 0;
   pressure.busy = false;
+  return done;
 }
 
 void hb_pressure_install(void) {

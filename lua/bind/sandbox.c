@@ -1,12 +1,13 @@
 /*
  * sandbox.c -- policy files in a Lua state of their own.
  *
- * What a file may cost: memory (an allocator that counts), VM instructions for each call, and a second of processor time for each call (an
- * instruction on a long string is one instruction).  What it may reach: math, table, string.format, and the base functions that load
+ * What a file may cost: memory (an allocator that counts), VM instructions for each call, and a second of processor
+ * time for each call (an instruction on a long string is one instruction).  What it may reach: math, table,
+ * string.format, and the base functions that load
  * nothing.  Strings have no methods there, and there is no pcall, so that nothing catches the limits.
  *
- * Values cross as plain copies: numbers, strings, booleans, and tables of them, at most MAX_DEPTH deep.  Reading a state never raises in it; writing
- * runs protected by the state that is written to.
+ * Values cross as plain copies: numbers, strings, booleans, and tables of them, at most MAX_DEPTH deep.  Reading a
+ * state never raises in it; writing runs protected by the state that is written to.
  *
  * Owner: the userdata owns the sandbox, the sandbox its Lua state.
  */
@@ -25,10 +26,10 @@ enum { MAX_DEPTH = 16, HOOK_EVERY = 100, DEFAULT_MEMORY = 8 << 20, DEFAULT_INSTR
 
 typedef struct sandbox {
   lua_State *S;
-  size_t used, limit;    /* bytes */
-  int64_t instructions;  /* for each call */
-  int64_t left;          /* in this call */
-  double deadline;       /* processor time of this thread */
+  size_t used, limit;   /* bytes */
+  int64_t instructions; /* for each call */
+  int64_t left;         /* in this call */
+  double deadline;      /* processor time of this thread */
 } sandbox;
 
 /* Registry keys inside the sandbox. */
@@ -75,7 +76,8 @@ static void start_call(sandbox *b) {
 
 /* ====== Copying values ====== */
 
-/* Pushes onto `to` a copy of the value of `from` at idx.  NULL, or what cannot be copied (then nothing useful is pushed).  May raise in `to` only. */
+/* Pushes onto `to` a copy of the value of `from` at idx.  NULL, or what cannot be copied (then nothing useful is
+ * pushed).  May raise in `to` only. */
 static const char *copy_value(lua_State *from, int idx, lua_State *to, int depth) {
   if (depth > MAX_DEPTH) return "a table that is nested too deeply or contains itself";
   if (!lua_checkstack(from, 4)) return "more values than fit the stack";
@@ -116,9 +118,9 @@ static const char *copy_value(lua_State *from, int idx, lua_State *to, int depth
 
 /* One call into the sandbox. */
 typedef struct request {
-  lua_State *L;         /* the caller's state */
-  int first, n;         /* its arguments to copy */
-  const char *method;   /* field of the policy; NULL: load source */
+  lua_State *L;       /* the caller's state */
+  int first, n;       /* its arguments to copy */
+  const char *method; /* field of the policy; NULL: load source */
   const char *source, *chunkname;
   size_t length;
   int results;
@@ -146,8 +148,8 @@ static void keep_only(lua_State *S, const char *const *names) {
 }
 
 static void open_libraries(lua_State *S) {
-  static const char *const base[] = {"assert", "error",    "ipairs", "next",   "pairs",  "select", "tonumber",
-                                     "tostring", "type",   "rawequal", "rawget", "rawlen", "rawset", NULL};
+  static const char *const base[] = {"assert",   "error", "ipairs",   "next",   "pairs",  "select", "tonumber",
+                                     "tostring", "type",  "rawequal", "rawget", "rawlen", "rawset", NULL};
   static const char *const string[] = {"format", NULL};
   luaL_requiref(S, "_G", luaopen_base, 0);
   keep_only(S, base);
@@ -180,7 +182,8 @@ static int run_load(lua_State *S) {
   open_libraries(S);
   if (luaL_loadbufferx(S, q->source, q->length, q->chunkname, "t") != LUA_OK) return lua_error(S);
   lua_call(S, 0, 1);
-  if (lua_type(S, -1) != LUA_TTABLE) return luaL_error(S, "a policy file must return a table, this one returned a %s", luaL_typename(S, -1));
+  if (lua_type(S, -1) != LUA_TTABLE)
+    return luaL_error(S, "a policy file must return a table, this one returned a %s", luaL_typename(S, -1));
   lua_getfield(S, -1, "update");
   if (lua_type(S, -1) != LUA_TFUNCTION) return luaL_error(S, "the policy has no function `update`");
   lua_pop(S, 1);
@@ -188,16 +191,20 @@ static int run_load(lua_State *S) {
   return 0;
 }
 
-/* Calls a function of the policy with copies of the arguments.  Results stay on the stack: state, then what the function returned. */
+/* Calls a function of the policy with copies of the arguments.  Results stay on the stack: state, then what the
+ * function returned. */
 static int run_method(lua_State *S) {
   const request *q = lua_touserdata(S, 1);
   lua_settop(S, 0);
   lua_rawgetp(S, LUA_REGISTRYINDEX, &policy_key);
-  if (lua_getfield(S, 1, q->method) != LUA_TFUNCTION) return luaL_error(S, "the policy has no function `%s`", q->method);
+  if (lua_getfield(S, 1, q->method) != LUA_TFUNCTION)
+    return luaL_error(S, "the policy has no function `%s`", q->method);
   lua_remove(S, 1);
   for (int i = 0; i < q->n; i++) {
     const char *bad = copy_value(q->L, q->first + i, S, 0);
-    if (bad) return luaL_error(S, "argument %d of %s holds %s: only numbers, strings, booleans and plain tables cross", i + 1, q->method, bad);
+    if (bad)
+      return luaL_error(S, "argument %d of %s holds %s: only numbers, strings, booleans and plain tables cross", i + 1,
+                        q->method, bad);
   }
   lua_pushvalue(S, 2); /* the state, which update may change in place */
   lua_insert(S, 1);
@@ -243,7 +250,8 @@ static int l_new(lua_State *L) {
   int64_t memory = DEFAULT_MEMORY, instructions = DEFAULT_INSTRUCTIONS;
   const char *source = hb_string(L, 1, "sandbox", "the source");
   const char *name = hb_string(L, 2, "sandbox", "the chunk's name");
-  hb_options(L, 3, "sandbox", (const hb_option[]){{"memory", HB_INT, &memory}, {"instructions", HB_INT, &instructions}, {0}});
+  hb_options(L, 3, "sandbox",
+             (const hb_option[]){{"memory", HB_INT, &memory}, {"instructions", HB_INT, &instructions}, {0}});
   if (memory < 65536 || instructions < HOOK_EVERY)
     return hb_error(L, "sandbox: the limits must be at least 65536 bytes and %d instructions", (int)HOOK_EVERY);
   sandbox *b = lua_newuserdatauv(L, sizeof *b, 0);
@@ -331,7 +339,8 @@ static void push_stop(lua_State *L, lua_State *S) {
   if (lua_type(S, 3) == LUA_TTABLE) {
     lua_pushnil(S);
     while (lua_next(S, 3)) {
-      if (lua_type(S, -2) == LUA_TSTRING && lua_type(S, -1) == LUA_TSTRING && strcmp(lua_tostring(S, -2), "stop") == 0) {
+      if (lua_type(S, -2) == LUA_TSTRING && lua_type(S, -1) == LUA_TSTRING &&
+          strcmp(lua_tostring(S, -2), "stop") == 0) {
         lua_copy(S, -1, 3);
         lua_pop(S, 2);
         break;
@@ -352,7 +361,8 @@ static int l_update(lua_State *L) {
   if (!run(b, run_method, &q, 3)) return failed(L, b);
   if (lua_type(b->S, 2) != LUA_TNUMBER) {
     lua_pushnil(L);
-    lua_pushfstring(L, "update must return the new scale, this one returned %s", lua_isnil(b->S, 2) ? "nothing" : luaL_typename(b->S, 2));
+    lua_pushfstring(L, "update must return the new scale, this one returned %s",
+                    lua_isnil(b->S, 2) ? "nothing" : luaL_typename(b->S, 2));
     return 2;
   }
   lua_pushnumber(L, lua_tonumber(b->S, 2));

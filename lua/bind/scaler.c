@@ -1,8 +1,9 @@
 /*
  * scaler.c -- the gradient scaler: a userdata around hm_scaler, and policies written in Lua.
  *
- * The policy's function is user value 1 of the scaler, not a registry entry: a policy that refers to its scaler is collected with it.
- * Core calls a policy inside update() only, where the scaler stands at index 1 of the running C function.
+ * The policy's function is user value 1 of the scaler, not a registry entry: a policy that refers to its scaler is
+ * collected with it. Core calls a policy inside update() only, where the scaler stands at index 1 of the running C
+ * function.
  */
 #include <math.h>
 #include <stdio.h>
@@ -102,7 +103,8 @@ static int run_policy(lua_State *L) {
     call->stop = true;
     snprintf(call->scaler->stop, sizeof call->scaler->stop, "%s", lua_tostring(L, -1));
   } else if (!lua_isnil(L, -1)) {
-    return luaL_error(L, "the policy's second result must be a stop message or nothing, got a %s", luaL_typename(L, -1));
+    return luaL_error(L, "the policy's second result must be a stop message or nothing, got a %s",
+                      luaL_typename(L, -1));
   }
   return 0;
 }
@@ -122,7 +124,8 @@ static int on_update(void *ud, const hm_scaler_event *event, double *scale, cons
 static int l_set_policy(lua_State *L) {
   hb_enter(L);
   hb_scaler *u = self(L, "set_policy");
-  if (lua_type(L, 2) != LUA_TFUNCTION) return hb_error(L, "set_policy: the policy must be a function, got %s", hb_came(L, 2));
+  if (lua_type(L, 2) != LUA_TFUNCTION)
+    return hb_error(L, "set_policy: the policy must be a function, got %s", hb_came(L, 2));
   lua_settop(L, 2);
   lua_setiuservalue(L, 1, 1);
   hm_scaler_set_policy(u->s, on_update, u, NULL);
@@ -202,7 +205,8 @@ static int l_update(lua_State *L) {
   double new_scale = 0;
   if (!lua_isnoneornil(L, 2)) {
     new_scale = hb_number(L, 2, "update", "the new scale");
-    if (!(new_scale > 0) || isinf(new_scale)) return hb_error(L, "update: the new scale must be positive and finite, got %f", new_scale);
+    if (!(new_scale > 0) || isinf(new_scale))
+      return hb_error(L, "update: the new scale must be positive and finite, got %f", new_scale);
   }
   hm_update_record r = {0};
   hb_check(L, st, hm_scaler_update(u->s, new_scale, &r));
@@ -250,9 +254,15 @@ static int l_bounds(lua_State *L) {
 
 void hb_open_scaler(lua_State *L, hb_state *st) {
   (void)st;
-  static const luaL_Reg methods[] = {{"scale", l_scale},           {"unscale", l_unscale},       {"step", l_step},
-                                     {"update", l_update},         {"set_policy", l_set_policy}, {"get_scale", l_get_scale},
-                                     {"set_scale", l_set_scale},   {"is_enabled", l_is_enabled}, {"bounds", l_bounds},
+  static const luaL_Reg methods[] = {{"scale", l_scale},
+                                     {"unscale", l_unscale},
+                                     {"step", l_step},
+                                     {"update", l_update},
+                                     {"set_policy", l_set_policy},
+                                     {"get_scale", l_get_scale},
+                                     {"set_scale", l_set_scale},
+                                     {"is_enabled", l_is_enabled},
+                                     {"bounds", l_bounds},
                                      {NULL, NULL}};
   static const luaL_Reg functions[] = {{"scaler_new", l_new}, {NULL, NULL}};
   luaL_newmetatable(L, HB_SCALER);

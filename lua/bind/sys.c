@@ -110,7 +110,8 @@ static int l_collect_stats(lua_State *L) {
 static int l_set_num_threads(lua_State *L) {
   hb_state *st = hb_enter(L);
   const int64_t n = hb_integer(L, 1, "set_num_threads", "the number of threads");
-  if (n < 1 || n > 4096) return hb_error(L, "set_num_threads: the number must be from 1 to 4096, got %I", (LUAI_UACINT)n);
+  if (n < 1 || n > 4096)
+    return hb_error(L, "set_num_threads: the number must be from 1 to 4096, got %I", (LUAI_UACINT)n);
   hb_check(L, st, hm_cpu_set_threads((int)n));
   return 0;
 }

@@ -1,7 +1,9 @@
 /*
- * tensor.c -- the tensor userdata: its life, identity, fields, and the methods that read, convert or copy a whole tensor.
+ * tensor.c -- the tensor userdata: its life, identity, fields, and the methods that read, convert or copy a whole
+ * tensor.
  *
- * Owner: the userdata owns one reference of its tensor, given back by release(), __close or __gc, whichever comes first.
+ * Owner: the userdata owns one reference of its tensor, given back by release(), __close or __gc, whichever comes
+ * first.
  */
 #include <string.h>
 
@@ -11,14 +13,16 @@
 
 hm_tensor *hb_tensor(lua_State *L, const hb_state *st, int idx, const char *who, const char *what) {
   hm_tensor **slot = hb_test(L, st, idx);
-  if (!slot) hb_error(L, "%s: %s must be a tensor, got %s", who, what, lua_isnone(L, idx) ? "nothing" : hb_came(L, idx));
+  if (!slot)
+    hb_error(L, "%s: %s must be a tensor, got %s", who, what, lua_isnone(L, idx) ? "nothing" : hb_came(L, idx));
   if (!*slot) hb_error(L, "%s: %s was released", who, what);
   return *slot;
 }
 
-/* A userdata with a finalizer is freed a cycle after it died, and Lua sizes its next cycle by the dead as well: with pause 200 the heap of a loop
- * that makes nothing but tensors grows without bound.  Telling the collector of some of the memory that hangs on each keeps it bounded. */
-enum { CHARGE_EVERY = 32, CHARGE_KB = 24 };
+/* A userdata with a finalizer is freed a cycle after it died, and Lua sizes its next cycle by the dead as well: with
+ * pause 200 the heap of a loop that makes nothing but tensors grows without bound.  Telling the collector of the memory
+ * in C that hangs on each (some 400 bytes) keeps it bounded. */
+enum { CHARGE_EVERY = 32, CHARGE_KB = 12 };
 
 static void charge_collector(lua_State *L) {
   if (lua_gc(L, LUA_GCISRUNNING)) lua_gc(L, LUA_GCSTEP, CHARGE_KB);
@@ -79,8 +83,10 @@ void hb_push(lua_State *L, hb_state *st, hm_tensor *t) {
   }
 }
 
-hm_tensor **hb_tensor_list(lua_State *L, hb_state *st, int idx, const char *who, const char *what, bool publish, int *n) {
-  if (lua_type(L, idx) != LUA_TTABLE) hb_error(L, "%s: %s must be an array table of tensors, got %s", who, what, hb_came(L, idx));
+hm_tensor **hb_tensor_list(lua_State *L, hb_state *st, int idx, const char *who, const char *what, bool publish,
+                           int *n) {
+  if (lua_type(L, idx) != LUA_TTABLE)
+    hb_error(L, "%s: %s must be an array table of tensors, got %s", who, what, hb_came(L, idx));
   luaL_checkstack(L, 10, NULL);
   idx = lua_absindex(L, idx);
   const lua_Unsigned count = lua_rawlen(L, idx);
@@ -90,7 +96,8 @@ hm_tensor **hb_tensor_list(lua_State *L, hb_state *st, int idx, const char *who,
     lua_rawgeti(L, idx, i + 1);
     hm_tensor **slot = hb_test(L, st, -1);
     if (!slot || !*slot)
-      hb_error(L, "%s: entry %d of %s must be a tensor, got %s", who, i + 1, what, slot ? "a released one" : hb_came(L, -1));
+      hb_error(L, "%s: entry %d of %s must be a tensor, got %s", who, i + 1, what,
+               slot ? "a released one" : hb_came(L, -1));
     list[i] = *slot;
     if (publish) hb_publish(L, st, -1);
     lua_pop(L, 1);
@@ -112,7 +119,8 @@ static int l_gc(lua_State *L) {
   return 0;
 }
 
-/* t:release() and __close: gives this handle's reference back now.  Whatever else holds the tensor (a graph, a view) keeps it alive. */
+/* t:release() and __close: gives this handle's reference back now.  Whatever else holds the tensor (a graph, a view)
+ * keeps it alive. */
 static int l_release(lua_State *L) {
   hb_state *st = hb_enter(L);
   hm_tensor **slot = hb_test(L, st, 1);
@@ -160,7 +168,16 @@ static int l_set_name(lua_State *L) {
 
 /* ====== Fields ====== */
 
-enum { FIELD_SHAPE, FIELD_DTYPE, FIELD_DEVICE, FIELD_GRAD, FIELD_REQUIRES_GRAD, FIELD_IS_LEAF, FIELD_NDIM, FIELD_COUNT };
+enum {
+  FIELD_SHAPE,
+  FIELD_DTYPE,
+  FIELD_DEVICE,
+  FIELD_GRAD,
+  FIELD_REQUIRES_GRAD,
+  FIELD_IS_LEAF,
+  FIELD_NDIM,
+  FIELD_COUNT
+};
 static const char *const field_names[] = {"shape", "dtype", "device", "grad", "requires_grad", "is_leaf", "ndim", NULL};
 
 static int push_field(lua_State *L, hb_state *st, int field) {
@@ -201,7 +218,8 @@ static int l_newindex(lua_State *L) {
   if (lua_type(L, 2) != LUA_TSTRING) return hb_newindex(L, st);
   const char *name = lua_tostring(L, 2);
   if (strcmp(name, "requires_grad") == 0) {
-    if (lua_type(L, 3) != LUA_TBOOLEAN) return hb_error(L, "requires_grad must be true or false, got %s", hb_came(L, 3));
+    if (lua_type(L, 3) != LUA_TBOOLEAN)
+      return hb_error(L, "requires_grad must be true or false, got %s", hb_came(L, 3));
     set_requires_grad(L, st, lua_toboolean(L, 3));
   } else if (strcmp(name, "grad") == 0) {
     hm_tensor *t = hb_tensor(L, st, 1, "grad", "self"), *grad = NULL;
@@ -252,8 +270,12 @@ static int l_len(lua_State *L) {
   return 1;
 }
 
-static int l_lt(lua_State *L) { return hb_error(L, "< on tensors has no single answer\n  hint: a:lt(b) compares element by element"); }
-static int l_le(lua_State *L) { return hb_error(L, "<= on tensors has no single answer\n  hint: a:le(b) compares element by element"); }
+static int l_lt(lua_State *L) {
+  return hb_error(L, "< on tensors has no single answer\n  hint: a:lt(b) compares element by element");
+}
+static int l_le(lua_State *L) {
+  return hb_error(L, "<= on tensors has no single answer\n  hint: a:le(b) compares element by element");
+}
 
 /* ====== Geometry ====== */
 
@@ -434,7 +456,9 @@ static int l_to(lua_State *L) {
   bool copy = false;
   int last = lua_gettop(L);
   if (lua_type(L, last) == LUA_TTABLE) {
-    hb_options(L, last, "to", (const hb_option[]){{"dtype", HB_DTYPE, &dtype}, {"device", HB_DEVICE, &device}, {"copy", HB_BOOL, &copy}, {0}});
+    hb_options(L, last, "to",
+               (const hb_option[]){
+                   {"dtype", HB_DTYPE, &dtype}, {"device", HB_DEVICE, &device}, {"copy", HB_BOOL, &copy}, {0}});
     last--;
   } else if (last < 2) {
     return hb_error(L, "to: a dtype, a device or a tensor is missing");
@@ -499,8 +523,13 @@ static void open_metatable(lua_State *L, hb_state *st) {
   }
   lua_pushcclosure(L, l_index, 2);
   lua_setfield(L, -2, "__index");
-  static const luaL_Reg meta[] = {{"__close", l_release},   {"__newindex", l_newindex}, {"__tostring", l_tostring}, {"__len", l_len},
-                                  {"__lt", l_lt},           {"__le", l_le},             {NULL, NULL}};
+  static const luaL_Reg meta[] = {{"__close", l_release},
+                                  {"__newindex", l_newindex},
+                                  {"__tostring", l_tostring},
+                                  {"__len", l_len},
+                                  {"__lt", l_lt},
+                                  {"__le", l_le},
+                                  {NULL, NULL}};
   hb_functions(L, meta);
   hb_set_ref(L, st, HB_REF_METATABLE);
 }
@@ -540,8 +569,10 @@ void hb_open_tensor(lua_State *L, hb_state *st) {
                                      {"clone", l_clone},
                                      {"contiguous", l_contiguous},
                                      {NULL, NULL}};
-  static const luaL_Reg functions[] = {
-      {"is_tensor", l_is_tensor}, {"get_name", l_get_name}, {"set_name", l_set_name}, {NULL, NULL}};
+  static const luaL_Reg functions[] = {{"is_tensor", l_is_tensor},
+                                       {"get_name", l_get_name},
+                                       {"set_name", l_set_name},
+                                       {NULL, NULL}};
   open_metatable(L, st);
   open_conversions(L, st);
   hb_methods(L, st, methods);

@@ -355,7 +355,10 @@ local function main(opt)
 
   local rows = {}
   for _, name in ipairs(names) do
-    for _, dtype in ipairs(dtypes) do rows[#rows + 1] = measure(name, dtype, bench) end
+    for _, dtype in ipairs(dtypes) do
+      io.stderr:write(("  measuring %s %s ...\n"):format(name, dtype))
+      rows[#rows + 1] = measure(name, dtype, bench)
+    end
   end
   report_steps(rows)
   report_ops(bench)

@@ -1,0 +1,137 @@
+/*
+ * backend.h -- private to kernels/cuda: devices, their streams and handles, errors, and matrix products, as the files around the kernels share
+ * them.
+ *
+ *   backend.cu   opens devices, runs kernels on the compute stream, turns CUDA's errors into messages; the struct hm_backend
+ *   memory.cu    device memory, copies between host and device, counters
+ *   blas.cu      family matmul, and hm_cuda_gemm for everybody
+ *   conv.cu      family conv
+ *   nvrtc.cu     kernels compiled at run time
+ *
+ * Each device has one compute stream, on which all kernels, products and allocations are ordered, and one copy stream for transfers; events
+ * order the two.  Everything here runs on the host and is called by one thread at a time, but for the memory functions, which have a lock.
+ */
+#ifndef HM_CUDA_BACKEND_H
+#define HM_CUDA_BACKEND_H
+
+#include <cublasLt.h>
+#include <cublas_v2.h>
+
+#include "kernels_cuda.h"
+
+enum {
+  HM_CUDA_MAX_DEVICES = 16,
+  HM_CUDA_STAGES = 2,              /* pinned buffers of a device, used in turn */
+  HM_CUDA_STAGE_BYTES = 4 << 20,   /* of each */
+  HM_CUDA_RECENT = 8,              /* ops remembered for messages */
+  HM_CUDA_BLAS_WORKSPACE = 32 << 20
+};
+
+typedef struct hm_cuda_stage {
+  void *pinned;     /* NULL until first used */
+  cudaEvent_t done; /* the last copy out of it has run */
+} hm_cuda_stage;
+
+/* One device.  Opened on first use, never closed: its memory outlives every user. */
+typedef struct hm_cuda_device {
+  int index;
+  bool open;
+  bool pools; /* cudaMallocAsync is there */
+  int major, minor;
+  cudaStream_t compute, copy;
+  cudaEvent_t fork, join; /* order the copy stream behind the compute stream, and back */
+  cublasHandle_t blas;    /* on the compute stream */
+  cublasLtHandle_t blas_lt;
+  void *blas_workspace; /* of both */
+  hm_cuda_stage stage[HM_CUDA_STAGES];
+  int next_stage;
+  int recent[HM_CUDA_RECENT]; /* ops queued since the host last waited, a ring */
+  int n_recent;
+  cudaError_t lost; /* an error that every later call will give: the context is gone */
+} hm_cuda_device;
+
+/* ====== backend.cu ====== */
+
+/* The device of that index, opened, and made the current one of this thread; NULL with a message. */
+hm_cuda_device *hm_cuda_use(int device);
+/* The device that an address belongs to, made current; NULL with a message. */
+hm_cuda_device *hm_cuda_device_of(const void *data, const char *what);
+/* How many devices there are; 0 without a driver. */
+int hm_cuda_count(void);
+/* "cuda:0: what: text" for a CUDA error of a device; HM_OK for cudaSuccess. */
+int hm_cuda_device_status(hm_cuda_device *device, cudaError_t error, const char *what);
+/* The same for cuBLAS. */
+int hm_cuda_blas_status(cublasStatus_t status, const char *what);
+/* Waits for everything queued on the device. */
+int hm_cuda_wait(hm_cuda_device *device, const char *what);
+/* Name of an op of the table. */
+const char *hm_cuda_op_name(int op);
+/* The device that runs the current kernel call; set by the entry of every family. */
+hm_cuda_device *hm_cuda_current(void);
+
+/* ====== memory.cu ====== */
+
+void *hm_cuda_mem_alloc(int device, size_t bytes);
+void hm_cuda_mem_free(int device, void *data, size_t bytes);
+int hm_cuda_mem_to_host(void *host, const void *data, size_t bytes, void *stream);
+int hm_cuda_mem_from_host(void *data, const void *host, size_t bytes, void *stream);
+/* Zeroes device memory, in the order of the compute stream. */
+int hm_cuda_zero(void *data, size_t bytes, const char *what);
+/* dst = src, converted once, both strided; through the family copy, on the running call's stream. */
+int hm_cuda_copy_view(const hm_kernel_call *call, const hm_view *src, const hm_view *dst);
+void hm_cuda_counters(hm_device_counters *out);
+/* Adds to the counters (the test double counts by itself). */
+void hm_cuda_count_wait(void);
+void hm_cuda_count_copy(size_t bytes);
+void hm_cuda_count_launch(void);
+
+/* ====== blas.cu ====== */
+
+/* out = x * y (+ bias), or out += x * y; row-major with any distance of lines; the batch is one dim.
+ * An operand is read as it lies (cols 1 apart) or transposed (rows 1 apart).  Accumulates in float32, or float64 for float64. */
+typedef struct hm_cuda_matrix {
+  void *data;
+  int dtype;
+  int64_t rs, cs; /* strides of rows and columns in elements: one of them is 1 */
+  int64_t batch;  /* distance of batches in elements; 0 repeats */
+} hm_cuda_matrix;
+
+typedef struct hm_cuda_product {
+  const char *name;
+  int64_t m, n, k, batches;
+  hm_cuda_matrix x, y, out; /* m*k, k*n, m*n */
+  const void *bias;         /* [n] in out's dtype, or NULL */
+  bool accumulate;          /* add to what out holds; without bias */
+} hm_cuda_product;
+
+/* Can cuBLAS take these dtypes as they are?  x and y alike, out alike or float32. */
+bool hm_cuda_gemm_takes(int x, int y, int out);
+/* Runs a product with m, n, k and batches above 0.  `bias` needs batches == 1. */
+int hm_cuda_gemm(const hm_cuda_product *p);
+/* Opens the handles of a device. */
+int hm_cuda_blas_open(hm_cuda_device *device);
+int hm_cuda_matmul(const hm_kernel_call *call);
+int hm_cuda_matmul_workspace(const hm_kernel_call *call, size_t *bytes);
+
+/* ====== conv.cu ====== */
+
+int hm_cuda_conv(const hm_kernel_call *call);
+int hm_cuda_conv_workspace(const hm_kernel_call *call, size_t *bytes);
+int hm_cuda_conv_packing(const hm_kernel_call *call, int arg, hm_packing *out);
+int hm_cuda_conv_pack(const hm_kernel_call *call, int arg, void *dst);
+
+/* ====== nvrtc.cu ====== */
+
+int hm_cuda_user_compile(int device, const char *source, const char *name, hm_user_kernel **out);
+int hm_cuda_user_check(const hm_user_kernel *kernel, hm_user_arg *arg, int n);
+int hm_cuda_user_launch(hm_user_kernel *kernel, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes, hm_user_arg *arg, int n);
+void hm_cuda_user_free(hm_user_kernel *kernel);
+
+/* Takes room from a workspace, 256-byte aligned: returns its offset and moves *at on. */
+static inline size_t hm_cuda_take(size_t *at, size_t bytes) {
+  const size_t from = *at;
+  *at += (bytes + 255) / 256 * 256;
+  return from;
+}
+
+#endif

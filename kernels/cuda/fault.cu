@@ -1,0 +1,29 @@
+/*
+ * fault.cu -- what kernels found wrong with values, as messages.
+ *
+ * Runs on the host; called by the backend when it has waited for a stream.  Owns nothing: the record belongs to the backend.
+ */
+#include "kernels_cuda.h"
+
+static int describe(const hm_cuda_fault *f) {
+  const long long value = f->value, limit = f->limit;
+  switch (f->op) {
+  case HM_OP_CROSS_ENTROPY:
+  case HM_OP_CROSS_ENTROPY_BACKWARD:
+    return hm_cuda_fail(f->code,
+                        "cross_entropy: target %lld is not a class: there are C = %lld classes, 0 to %lld\n"
+                        "  hint: class labels count from 0; ignored positions must hold ignore_index",
+                        value, limit, limit - 1);
+  case HM_OP_SELECT_BACKWARD:
+    return hm_cuda_fail(f->code, "select_backward: index %lld is outside of [0, %lld)", value, limit);
+  default: return hm_cuda_fail(f->code, "integer division by zero");
+  }
+}
+
+extern "C" int hm_cuda_fault_take(hm_cuda_fault *fault) {
+  if (!fault) return HM_OK;
+  const hm_cuda_fault seen = *(const volatile hm_cuda_fault *)fault;
+  if (seen.code == HM_OK) return HM_OK;
+  memset(fault, 0, sizeof *fault);
+  return describe(&seen);
+}
