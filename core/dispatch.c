@@ -343,8 +343,21 @@ static hm_tensor *destination(const hm_opcall *c) {
   return c->info->n_in > 0 && c->info->in[0].mutated ? c->src[0].t : NULL;
 }
 
+/* Writing to an expanded tensor would keep the last of several values; one number for all is fine. */
+static int refuse_shared_elements(const hm_opcall *c, const hm_tensor *dst) {
+  if (c->info->family == HM_FAMILY_FILL) return HM_OK;
+  for (int d = 0; d < dst->ndim; d++) {
+    if (dst->stride[d] != 0 || dst->shape[d] <= 1) continue;
+    char text[160];
+    return hm_fail(HM_ERR_STATE, "%s: elements of the tensor share memory (it is expanded along dim %d): %s\n  hint: clone() it first", c->info->name,
+                   d + 1, hm_describe(dst, text, sizeof text));
+  }
+  return HM_OK;
+}
+
 static int prepare_write(hm_opcall *c, hm_tensor *dst, bool grad, bool record) {
-  int status = grad ? hm__check_inplace(c, dst, record) : HM_OK;
+  int status = refuse_shared_elements(c, dst);
+  if (!status && grad) status = hm__check_inplace(c, dst, record);
   if (!status) status = separate_from_destination(c, dst);
   return status;
 }

@@ -2,6 +2,7 @@
 --
 --   ops.h       enum hm_op                                        (kernels.h includes it)
 --   tiles.h     elementwise formulas as loops, one per dtype      (kernels/cpu/elementwise.c)
+--   tiles.cuh   the same formulas as functors for the device     (kernels/cuda/elementwise.cu)
 --   ops_api.h   hm_op_NAME(), one typed C function per row        (core/halfmoon.h), ops_api.c their bodies
 --   backward.c  one function per row with derivatives             (core), backward.h
 --   optable.c   hm__ops[], the table that core and the binding read
@@ -32,6 +33,6 @@ local function write(name, text)
 end
 
 os.execute("mkdir -p '" .. out_dir .. "'")
-for _, part in ipairs {"emit_enum", "emit_tiles", "emit_api", "emit_backward", "emit_table"} do
+for _, part in ipairs {"emit_enum", "emit_tiles", "emit_cuda", "emit_api", "emit_backward", "emit_table"} do
   for name, text in pairs(require(part)(ops)) do write(name, text) end
 end

@@ -1,5 +1,5 @@
--- policy_spec.lua -- loss-scale policies: golden traces, tables, names and files, swapping in mid-run, files that change on disk, and policies that fail in
--- every way they can, which must cost nothing but a report.
+-- policy_spec.lua -- loss-scale policies: golden traces, tables, names and files, swapping in mid-run, files that change on disk, and
+-- policies that fail in every way they can, which must cost nothing but a report.
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
@@ -65,7 +65,9 @@ local function rewrite(path, text, second)
   os.execute(("touch -d '2030-01-01 00:00:%02d' '%s'"):format(second, path))
 end
 
-local function policy_file(body) return file("return {\n  name = \"probe\",\n  update = function(state, event, opts)\n" .. body .. "\n  end,\n}\n") end
+local function policy_file(body)
+  return file("return {\n  name = \"probe\",\n  update = function(state, event, opts)\n" .. body .. "\n  end,\n}\n")
+end
 
 describe("policies", function()
   teardown(function() os.execute("rm -rf '" .. folder .. "'") end)
@@ -241,7 +243,10 @@ describe("policies", function()
     local path = file("return {init = function() return {n = 0} end, update = function(state) state.n = state.n + 1 return 2 end}")
     local run = new_run {init_scale = 4, policy = path}
     assert.equal("2", (run:trace("G")))
-    rewrite(path, "return {init = function() return {n = 0, m = 5} end, update = function(state) state.n = state.n + 1 return 4 * state.n + state.m end}", 1)
+    rewrite(path, [[return {
+      init = function() return {n = 0, m = 5} end,
+      update = function(state) state.n = state.n + 1 return 4 * state.n + state.m end,
+    }]], 1)
     local said, scales = expect.stderr(run.trace, run, "G")
     assert.equal("13", scales)
     assert.matches("read again from", said, 1, true)
@@ -362,7 +367,8 @@ describe("policies", function()
     -- the one that is stopped by the clock is shown once
     local loads = case[1]:find("concatenates", 1, true) and function() end or it
     loads("a file that " .. case[1] .. " while it loads is refused", function()
-      raises("GradScaler", amp.GradScaler, {policy = file("local event, state = {}, {}\nlocal function run() " .. case[2] .. " end\nrun()\nreturn {update = run}")})
+      local path = file("local event, state = {}, {}\nlocal function run() " .. case[2] .. " end\nrun()\nreturn {update = run}")
+      raises("GradScaler", amp.GradScaler, {policy = path})
     end)
   end
 
@@ -370,7 +376,9 @@ describe("policies", function()
     for _, form in ipairs {"table", "file"} do
       local body = "state.n = state.n + 1 if event.found_inf then error('half way') end return 2.0 ^ state.n"
       local policy = {init = function() return {n = 0} end, update = load("return function(state, event) " .. body .. " end")()}
-      if form == "file" then policy = file("return {init = function() return {n = 0} end, update = function(state, event) " .. body .. " end}") end
+      if form == "file" then
+        policy = file("return {init = function() return {n = 0} end, update = function(state, event) " .. body .. " end}")
+      end
       local run = new_run {init_scale = 4, policy = policy}
       assert.equal("2", (run:trace("G")))
       expect.stderr(run.go, run, "X")
@@ -399,7 +407,10 @@ describe("policies", function()
         return 4
       end}
       if form == "file" then
-        policy = file("return {name = 'stopper', update = function(_, event) if event.found_inf then return 2, {stop = 'the loss is lost'} end return 4 end}")
+        policy = file [[return {name = 'stopper', update = function(_, event)
+          if event.found_inf then return 2, {stop = 'the loss is lost'} end
+          return 4
+        end}]]
       end
       local run = new_run {init_scale = 8, policy = policy}
       run:go("G")
@@ -425,8 +436,8 @@ describe("policies", function()
 
   describe("the sandbox", function()
     local function value(body)
-      local box, message = core.sandbox("return {update = function(state, event, opts) " .. body .. " end}", "=probe", {memory = 2 ^ 22, instructions = 10 ^ 6})
-      assert(box, message)
+      local source = "return {update = function(state, event, opts) " .. body .. " end}"
+      local box = assert(core.sandbox(source, "=probe", {memory = 2 ^ 22, instructions = 10 ^ 6}))
       return box:update({}, {found_inf = false}, {})
     end
 
@@ -440,9 +451,9 @@ describe("policies", function()
     end)
 
     for _, name in ipairs {
-      "io", "os", "require", "load", "loadstring", "loadfile", "dofile", "package", "debug", "coroutine", "collectgarbage", "pcall", "xpcall",
-      "setmetatable", "getmetatable", "print", "warn", "utf8", "string.rep", "string.find", "string.match", "string.gsub", "string.gmatch", "string.dump",
-      "string.char", "string.byte", "string.pack", "hm", "halfmoon",
+      "io", "os", "require", "load", "loadstring", "loadfile", "dofile", "package", "debug", "coroutine", "collectgarbage", "pcall",
+      "xpcall", "setmetatable", "getmetatable", "print", "warn", "utf8", "string.rep", "string.find", "string.match", "string.gsub",
+      "string.gmatch", "string.dump", "string.char", "string.byte", "string.pack", "hm", "halfmoon",
     } do
       it("has no " .. name, function() assert.equal(1.0, (value("return " .. name .. " == nil and 1 or 2"))) end)
     end

@@ -9,7 +9,7 @@
  *   nvrtc.cu     kernels compiled at run time
  *
  * Each device has one compute stream, on which all kernels, products and allocations are ordered, and one copy stream for transfers; events
- * order the two.  Everything here runs on the host and is called by one thread at a time, but for the memory functions, which have a lock.
+ * order the two.  Everything here runs on the host, on core's mutator thread.
  */
 #ifndef HM_CUDA_BACKEND_H
 #define HM_CUDA_BACKEND_H
@@ -47,6 +47,7 @@ typedef struct hm_cuda_device {
   int next_stage;
   int recent[HM_CUDA_RECENT]; /* ops queued since the host last waited, a ring */
   int n_recent;
+  hm_cuda_fault *fault; /* where kernels tell of bad values; mapped host memory */
   cudaError_t lost; /* an error that every later call will give: the context is gone */
 } hm_cuda_device;
 
@@ -62,8 +63,10 @@ int hm_cuda_count(void);
 int hm_cuda_device_status(hm_cuda_device *device, cudaError_t error, const char *what);
 /* The same for cuBLAS. */
 int hm_cuda_blas_status(cublasStatus_t status, const char *what);
-/* Waits for everything queued on the device. */
+/* Waits for everything queued on the device, and tells what went wrong in it. */
 int hm_cuda_wait(hm_cuda_device *device, const char *what);
+/* To be called after any other wait that covers all work: tells of bad values that kernels met. */
+int hm_cuda_waited(hm_cuda_device *device);
 /* Name of an op of the table. */
 const char *hm_cuda_op_name(int op);
 /* The device that runs the current kernel call; set by the entry of every family. */
@@ -78,12 +81,11 @@ int hm_cuda_mem_from_host(void *data, const void *host, size_t bytes, void *stre
 /* Zeroes device memory, in the order of the compute stream. */
 int hm_cuda_zero(void *data, size_t bytes, const char *what);
 /* dst = src, converted once, both strided; through the family copy, on the running call's stream. */
-int hm_cuda_copy_view(const hm_kernel_call *call, const hm_view *src, const hm_view *dst);
+int hm_cuda_copy_view(const hm_view *src, const hm_view *dst);
 void hm_cuda_counters(hm_device_counters *out);
-/* Adds to the counters (the test double counts by itself). */
+/* Add to the counters, as hm_cuda_count_launch does (the test double counts by itself). */
 void hm_cuda_count_wait(void);
 void hm_cuda_count_copy(size_t bytes);
-void hm_cuda_count_launch(void);
 
 /* ====== blas.cu ====== */
 
@@ -126,6 +128,31 @@ int hm_cuda_user_compile(int device, const char *source, const char *name, hm_us
 int hm_cuda_user_check(const hm_user_kernel *kernel, hm_user_arg *arg, int n);
 int hm_cuda_user_launch(hm_user_kernel *kernel, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes, hm_user_arg *arg, int n);
 void hm_cuda_user_free(hm_user_kernel *kernel);
+
+/* A dense row-major view. */
+static inline hm_view hm_cuda_dense(void *data, int dtype, int ndim, const int64_t *shape) {
+  hm_view v;
+  int64_t step = 1;
+  v.data = data;
+  v.dtype = (int16_t)dtype;
+  v.ndim = (int16_t)ndim;
+  v.flags = 0;
+  v.scalar.i = 0;
+  for (int d = ndim - 1; d >= 0; d--) {
+    v.shape[d] = shape[d];
+    v.stride[d] = step;
+    step *= shape[d];
+  }
+  return v;
+}
+
+static inline int64_t hm_cuda_numel(const hm_view *v) {
+  int64_t n = 1;
+  for (int d = 0; d < v->ndim; d++) n *= v->shape[d];
+  return n;
+}
+
+static inline char *hm_cuda_at(void *data, int64_t at, int dtype) { return (char *)data + at * hm_dtype_size(dtype); }
 
 /* Takes room from a workspace, 256-byte aligned: returns its offset and moves *at on. */
 static inline size_t hm_cuda_take(size_t *at, size_t bytes) {

@@ -49,7 +49,7 @@
 #include <emu_device.h>
 
 #define HM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                      \
-  hm_emu::start(#kernel, (grid), (block), (shared_bytes), (stream), (kernel), ##__VA_ARGS__)
+  hm_emu::start(#kernel, (grid), (block), (shared_bytes), (stream), (kernel)__VA_OPT__(, ) __VA_ARGS__)
 #define HM_SHARED(T, name, dims)                                                                                       \
   typedef T name##_hm_type dims;                                                                                       \
   static hm_emu::slot name##_hm_slot = {sizeof(name##_hm_type), alignof(T), 0, nullptr};                               \
@@ -74,17 +74,21 @@ HM_DEV unsigned hm_warp(void) { return hm_thread() >> 5; }
 
 /* ====== 16 bytes at once ====== */
 
-HM_DEV uint4 hm_load16(const void *p) {
-#ifndef __CUDACC__
-  if ((uintptr_t)p & 15u) hm_emu::table->complain("hm_load16: the address is not 16-byte aligned", __LINE__);
+#ifdef __CUDACC__
+#define HM_CHECK_ALIGNED(p, what)
+#else
+#define HM_CHECK_ALIGNED(p, what)                                                                                      \
+  if ((uintptr_t)(p) & 15u)                                                                                            \
+  hm_emu::table->complain(cudaErrorMisalignedAddress, what ": the address is not 16-byte aligned", __FILE__, __LINE__)
 #endif
+
+HM_DEV uint4 hm_load16(const void *p) {
+  HM_CHECK_ALIGNED(p, "hm_load16");
   return *static_cast<const uint4 *>(p);
 }
 
 HM_DEV void hm_store16(void *p, uint4 v) {
-#ifndef __CUDACC__
-  if ((uintptr_t)p & 15u) hm_emu::table->complain("hm_store16: the address is not 16-byte aligned", __LINE__);
-#endif
+  HM_CHECK_ALIGNED(p, "hm_store16");
   *static_cast<uint4 *>(p) = v;
 }
 

@@ -22,8 +22,8 @@ static int describe(const hm_cuda_fault *f) {
 
 extern "C" int hm_cuda_fault_take(hm_cuda_fault *fault) {
   if (!fault) return HM_OK;
-  const hm_cuda_fault seen = *(const volatile hm_cuda_fault *)fault;
-  if (seen.code == HM_OK) return HM_OK;
+  if (*(const volatile int32_t *)&fault->code == HM_OK) return HM_OK;
+  const hm_cuda_fault seen = *fault;
   memset(fault, 0, sizeof *fault);
   return describe(&seen);
 }

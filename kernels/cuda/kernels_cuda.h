@@ -45,6 +45,8 @@ int hm_cuda_loss_workspace(const hm_kernel_call *call, size_t *bytes);
 
 /* Every element of `out` becomes a number: i when out's dtype is an integer or bool, else f. */
 int hm_cuda_fill_number(const hm_view *out, double f, int64_t i, void *stream);
+/* The same for a number operand (HM_VIEW_SCALAR), converted once from its own type. */
+int hm_cuda_fill_scalar(const hm_view *out, const hm_view *number, void *stream);
 
 /* ====== Multi-tensor passes ====== */
 

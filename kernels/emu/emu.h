@@ -137,9 +137,10 @@ void forget_streams(void); /* cudaDeviceReset */
 
 extern emu_stats stats;
 
-/* Entry of every public call: takes the lock, counts, plays out planned failures, hands out a sticky error. */
+/* Entry of every public call: takes the lock, counts, plays out planned failures, hands out the context's error (which releasing functions
+ * return after their work). */
 struct call {
-  explicit call(const char *name, bool even_after_failure = false);
+  explicit call(const char *name);
   ~call();
   call(const call &) = delete;
   bool injected; /* this call was told to fail */

@@ -360,7 +360,7 @@ void leave(rendezvous *r) {
   if (--r->left == 0 && !HM_EMU_TSAN) spare_meetings.push_back(r);
 }
 
-void complain(const char *what, int line) { violate(cudaErrorMisalignedAddress, "%s (line %d)", what, line); }
+void complain(cudaError_t code, const char *what, const char *file, int line) { violate(code, "%s (%s:%d)", what, file, line); }
 
 const services own_services = {barrier, meet, leave, make_shared, dynamic_shared, complain};
 

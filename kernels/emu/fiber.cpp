@@ -29,8 +29,8 @@ void *__tsan_get_current_fiber(void);
 
 namespace hm_emu {
 
-static const size_t GUARD = 16384; /* a multiple of every page size in use */
-static const size_t STACK = (HM_EMU_ASAN || HM_EMU_TSAN ? 256u : 64u) << 10;
+static const size_t GUARD = 64u << 10; /* a multiple of every page size in use */
+static const size_t STACK = 256u << 10;
 
 } // namespace hm_emu
 

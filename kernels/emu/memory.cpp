@@ -291,7 +291,7 @@ std::string describe(const void *p, size_t bytes) {
   const block *const before = i == blocks.begin() ? nullptr : &std::prev(i)->second;
   for (const auto &range : freed) {
     if (a < range.first || a >= range.second) continue;
-    snprintf(text, sizeof text, "%s %p lie in memory that was freed (%zu bytes)", what, p, (size_t)(range.second - range.first));
+    snprintf(text, sizeof text, "%s %p: in memory that was freed (%zu bytes)", what, p, (size_t)(range.second - range.first));
     return text;
   }
   if (before && a >= before->begin && a < before->end)

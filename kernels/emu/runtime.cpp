@@ -67,10 +67,9 @@ cudaError_t failure_of(const std::string &name) {
 
 } // namespace
 
-call::call(const char *name, bool even_after_failure) : injected(false), error(context_error) {
+call::call(const char *name) : injected(false), error(cudaSuccess) {
   lock.lock();
   error = context_error;
-  (void)even_after_failure;
   if (call_depth++) return;
   stats.calls++;
   if (error) {
@@ -352,7 +351,7 @@ cudaError_t cudaDeviceSynchronize(void) {
 
 /* Clears the context's error and all queued work.  Memory and objects stay as they are: the double's users release them. */
 cudaError_t cudaDeviceReset(void) {
-  call entered("cudaDeviceReset", true);
+  call entered("cudaDeviceReset");
   forget_streams();
   context_error = last_error = cudaSuccess;
   last_report.clear();
@@ -387,7 +386,7 @@ cudaError_t cudaMalloc(void **devPtr, size_t size) {
 }
 
 cudaError_t cudaFree(void *devPtr) {
-  call entered("cudaFree", true);
+  call entered("cudaFree");
   if (!devPtr || entered.injected) return entered.error;
   drain_all(); /* CUDA waits for the device before it takes memory back */
   stats.synchronisations++;
@@ -411,11 +410,11 @@ cudaError_t cudaMallocFromPoolAsync(void **ptr, size_t size, cudaMemPool_t memPo
 }
 
 cudaError_t cudaFreeAsync(void *devPtr, cudaStream_t hStream) {
-  call entered("cudaFreeAsync", true);
+  call entered("cudaFreeAsync");
   if (!devPtr || entered.injected) return entered.error;
   block *const b = block_at(devPtr);
   if (!b || b->freeing) {
-    report("cudaFreeAsync: no allocation begins at %s", describe(devPtr, 0).c_str());
+    report("cudaFreeAsync: %s %s", b ? "freed before:" : "no allocation begins at", describe(devPtr, 0).c_str());
     return note(cudaErrorInvalidValue);
   }
   if (!stream_exists(hStream)) return note(cudaErrorInvalidResourceHandle);
@@ -530,7 +529,7 @@ cudaError_t cudaHostAlloc(void **pHost, size_t size, unsigned int) {
 }
 
 cudaError_t cudaFreeHost(void *ptr) {
-  call entered("cudaFreeHost", true);
+  call entered("cudaFreeHost");
   if (!ptr || entered.injected) return entered.error;
   drain_all();
   if (!pinned.erase((uintptr_t)ptr)) return note(cudaErrorInvalidValue);
@@ -549,7 +548,7 @@ cudaError_t cudaHostRegister(void *ptr, size_t size, unsigned int) {
 }
 
 cudaError_t cudaHostUnregister(void *ptr) {
-  call entered("cudaHostUnregister", true);
+  call entered("cudaHostUnregister");
   drain_all();
   if (!pinned.erase((uintptr_t)ptr)) return note(cudaErrorHostMemoryNotRegistered);
   stats.live_pinned--;

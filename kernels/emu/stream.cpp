@@ -168,7 +168,7 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *leastPriority, int *greatestPr
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  call entered("cudaStreamDestroy", true);
+  call entered("cudaStreamDestroy");
   CUstream_st *const s = find(stream);
   if (!s || s == &null_stream) return note(cudaErrorInvalidResourceHandle);
   drain(stream);
@@ -223,7 +223,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned int flags) {
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  call entered("cudaEventDestroy", true);
+  call entered("cudaEventDestroy");
   if (!known(event)) return note(cudaErrorInvalidResourceHandle);
   events.erase(event); /* who was told to wait for it still does */
   stats.live_objects--;

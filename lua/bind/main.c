@@ -405,7 +405,16 @@ static int l_main(lua_State *L) {
   return 1;
 }
 
+/* The threads of OpenMP wait by spinning, for milliseconds: on a machine that others use too, a step then takes up to six times as long.
+ * A short spin costs nothing on an idle machine.  libgomp reads the setting when it is loaded, so the program starts itself once more,
+ * unless the user has set one of the two variables. */
+static void limit_spinning(char **argv) {
+  if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+  if (!setenv("GOMP_SPINCOUNT", "10000", 1)) execv("/proc/self/exe", argv);
+}
+
 int main(int argc, char **argv) {
+  limit_spinning(argv);
   lua_thread = pthread_self();
   lua_State *L = luaL_newstate();
   if (!L) {

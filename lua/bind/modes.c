@@ -183,8 +183,17 @@ static int enter(lua_State *L, int fn) {
   return finish(L, LUA_OK, fn);
 }
 
+/* Raises unless the value at fn is nothing or may be called: before the scope is open. */
+static void check_function(lua_State *L, int fn, const char *who) {
+  if (lua_isnoneornil(L, fn) || lua_isfunction(L, fn)) return;
+  if (luaL_getmetafield(L, fn, "__call") == LUA_TNIL)
+    hb_error(L, "%s: argument %d must be a function, got %s", who, fn, hb_came(L, fn));
+  lua_pop(L, 1);
+}
+
 static int grad_scope(lua_State *L, bool on) {
   hb_state *st = hb_enter(L);
+  check_function(L, 1, on ? "enable_grad" : "no_grad");
   guard *g = push_guard(L, st, KIND_GRAD);
   g->owner->mode.grad = on;
   return enter(L, 1);
@@ -279,6 +288,7 @@ static int l_autocast(lua_State *L) {
   else fn = 1;
   check_region(L, &r);
   if (fn == 1 && lua_type(L, 1) == LUA_TTABLE) lua_pop(L, 1); /* the metafield */
+  check_function(L, fn, "autocast");
   guard *g = push_guard(L, st, KIND_AUTOCAST);
   memcpy(g->cls, cls, sizeof cls);
   hm_mode *m = &g->owner->mode;

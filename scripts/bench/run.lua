@@ -160,6 +160,7 @@ local function measure(name, dtype, bench)
   end
 
   row.fixed, row.peak = run:fixed_bytes(), run:peak_bytes(math.min(steps, 50))
+  row.shadows = hm.cpu.memory_stats().shadow_bytes
   if #seen > 0 then
     row.limit = median_limits(seen)
     row.floor, row.products, row.bytes = floor_of(name, dtype, run:parameters(), row.limit)
@@ -201,7 +202,7 @@ local function report_steps(rows)
   say("  fits the cache can beat the second part).  Share: floor / ours.  Loss: of the last step, the same step for both.")
 
   say("\nMemory of tensors in MB, without data")
-  out = {{"model", "dtype", "peak", "fixed", "the rest", "of f32's", "PyTorch peak", "fixed", "the rest"}}
+  out = {{"model", "dtype", "peak", "fixed", "the rest", "of f32's", "shadows", "PyTorch peak", "fixed", "the rest"}}
   local f32 = {}
   for _, row in ipairs(rows) do
     local rest = row.peak - row.fixed
@@ -209,12 +210,12 @@ local function report_steps(rows)
     local p = row.best or {}
     out[#out + 1] = {
       row.name, row.dtype, megabytes(row.peak), megabytes(row.fixed), megabytes(rest),
-      f32[row.name] and ("%.2f"):format(rest / f32[row.name]) or "-",
+      f32[row.name] and ("%.2f"):format(rest / f32[row.name]) or "-", megabytes(row.shadows),
       megabytes(p.peak), megabytes(p.fixed), megabytes(p.peak and p.peak - p.fixed),
     }
   end
   print_table(2, out)
-  say("  fixed: parameters and optimizer state.")
+  say("  fixed: parameters and optimizer state.  shadows: copies of weights in other dtypes and layouts, part of the rest.")
 
   for _, row in ipairs(rows) do
     for _, p in ipairs(row.peers) do

@@ -1,36 +1,21 @@
 -- emit_tiles.lua -- tiles.h: every elementwise formula as a loop over contiguous elements, in float, double and int64_t.
 
-local expr = require "expr"
-
-local DOMAINS = {{"f32", "float"}, {"f64", "double"}, {"i64", "int64_t"}}
-
-local function attribute(a, i, suffix, type)
-  local field = a.type == "float" and "f" or "i"
-  local value = ("attr[%d].%s"):format(i - 1, field)
-  if a.type == "float" and suffix == "i64" then value = ("hm_saturate_i64(%s)"):format(value) end
-  return ("  const %s %s = (%s)%s;\n"):format(type, a.name, type, value)
-end
+local formula = require "formula"
 
 local function tile(op, suffix, type)
-  local formula = suffix == "i64" and op.fi or op.f
-  local names = expr.names(formula)
   local t = {("static void tile_%s_%s(int64_t n, %s *o, const %s *const *a, const hm_attr *attr) {\n"):format(suffix, op.name, type, type)}
-  local loads, uses_attr = {}, false
-  for i, input in ipairs(op.inputs) do
-    if names[input.name] then
-      t[#t + 1] = ("  const %s *const p%d = a[%d];\n"):format(type, i, i - 1)
-      loads[#loads + 1] = ("    const %s %s = p%d[k];\n"):format(type, input.name, i)
-    end
+  local loads = {}
+  for _, i in ipairs(formula.used(op, suffix, op.inputs)) do
+    t[#t + 1] = ("  const %s *const p%d = a[%d];\n"):format(type, i, i - 1)
+    loads[#loads + 1] = ("    const %s %s = p%d[k];\n"):format(type, op.inputs[i].name, i)
   end
-  for i, a in ipairs(op.attrs) do
-    if names[a.name] then
-      uses_attr = true
-      t[#t + 1] = attribute(a, i, suffix, type)
-    end
+  local attrs = formula.used(op, suffix, op.attrs)
+  for _, i in ipairs(attrs) do
+    t[#t + 1] = ("  const %s %s = %s;\n"):format(type, op.attrs[i].name, formula.attribute(op.attrs[i], i, suffix, type))
   end
-  if not uses_attr then t[#t + 1] = "  (void)attr;\n" end
+  if #attrs == 0 then t[#t + 1] = "  (void)attr;\n" end
   t[#t + 1] = "#pragma GCC ivdep\n  for (int64_t k = 0; k < n; k++) {\n" .. table.concat(loads)
-  t[#t + 1] = ("    o[k] = (%s)%s;\n  }\n}\n\n"):format(type, expr.c(formula, suffix, type))
+  t[#t + 1] = ("    o[k] = %s;\n  }\n}\n\n"):format(formula.value(op, suffix, type))
   return table.concat(t)
 end
 
@@ -39,8 +24,8 @@ return function(ops)
   for _, op in ipairs(ops) do
     if op.family == "elementwise" then
       local cells = {}
-      for i, domain in ipairs(DOMAINS) do
-        if domain[1] ~= "i64" or op.ints == "keep" then
+      for i, domain in ipairs(formula.DOMAINS) do
+        if formula.has(op, domain[1]) then
           t[#t + 1] = tile(op, domain[1], domain[2])
           cells[i] = ("tile_%s_%s"):format(domain[1], op.name)
         else

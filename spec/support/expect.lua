@@ -4,18 +4,8 @@ local assert = require "luassert"
 
 local M = {}
 
---- Runs fn(...), which must raise a message that holds every one of the patterns (plain text).  Returns the message.
----@param wanted string|string[]
----@return string
-function M.raises(wanted, fn, ...)
-  local ok, message = pcall(fn, ...)
-  if ok then error(("no error was raised; expected %s"):format(type(wanted) == "table" and wanted[1] or wanted), 2) end
-  message = tostring(message)
-  for _, text in ipairs(type(wanted) == "table" and wanted or {wanted}) do
-    if not message:find(text, 1, true) then error(("the error does not say %q:\n%s"):format(text, message), 2) end
-  end
-  return message
-end
+--- raises(parts, fn, ...): see there.
+M.raises = require "spec.support.raises"
 
 --- Runs a chunk in a fresh process of the program; returns what it printed (both streams) and its exit status.
 ---@param chunk string

@@ -77,7 +77,7 @@ struct services {
   void (*leave)(rendezvous *r);
   void (*make_shared)(slot *s, const char *name);
   unsigned char *(*dynamic)(void);
-  void (*complain)(const char *what, int line); /* does not return */
+  void (*complain)(cudaError_t code, const char *what, const char *file, int line); /* does not return */
 };
 
 #ifdef HM_EMU_MODULE
@@ -104,7 +104,7 @@ enum { SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_XOR };
 template <class T>
 T shuffle(unsigned mask, T value, int argument, int width, int mode, const char *what, int id, const char *file, int line) {
   static_assert(std::is_arithmetic<T>::value && sizeof(T) <= 8, "a shuffle moves one number");
-  if (width < 1 || width > 32 || (width & (width - 1))) table->complain("a shuffle's width must be a power of two up to 32", line);
+  if (width < 1 || width > 32 || (width & (width - 1))) table->complain(cudaErrorLaunchFailure, "a shuffle's width must be a power of two up to 32", file, line);
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof value);
   rendezvous *const r = table->meet(mask, bits, what, id, file, line);
@@ -114,7 +114,7 @@ T shuffle(unsigned mask, T value, int argument, int width, int mode, const char 
   if (mode == SHFL_UP && me - argument >= base) from = me - argument;
   if (mode == SHFL_DOWN && me + argument < base + width) from = me + argument;
   if (mode == SHFL_XOR && (me ^ argument) < base + width) from = me ^ argument;
-  if (!(mask >> from & 1u)) table->complain("a shuffle reads a lane that its mask leaves out", line);
+  if (!(mask >> from & 1u)) table->complain(cudaErrorLaunchFailure, "a shuffle reads a lane that its mask leaves out", file, line);
   memcpy(&value, &r->value[from], sizeof value);
   table->leave(r);
   return value;
@@ -223,7 +223,7 @@ cudaError_t start(const char *name, dim3 grid, dim3 block, size_t dynamic, cudaS
 #define __syncthreads_or(p) (hm_emu::table->barrier(HM_EMU_HERE, (p) != 0)->any)
 #define __syncthreads_and(p) (hm_emu::table->barrier(HM_EMU_HERE, (p) != 0)->all)
 #define __syncthreads_count(p) (hm_emu::table->barrier(HM_EMU_HERE, (p) != 0)->count)
-#define __syncwarp(...) hm_emu::sync_warp(HM_EMU_HERE, ##__VA_ARGS__)
+#define __syncwarp(...) hm_emu::sync_warp(HM_EMU_HERE __VA_OPT__(, ) __VA_ARGS__)
 
 #define HM_EMU_SHUFFLE(mode, what, mask, value, argument, width, ...)                                                  \
   hm_emu::shuffle(mask, value, (int)(argument), width, hm_emu::mode, what, HM_EMU_HERE)

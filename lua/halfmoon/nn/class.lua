@@ -59,6 +59,7 @@ local leave = setmetatable({}, {__close = function()
   local s = current_stack()
   s[s.n] = nil
   s.n = s.n - 1
+  if s.n == 0 then stack_owner, stack = nil, nil end -- a coroutine that is dropped must not be held here
 end})
 
 -- ====== Module ======
