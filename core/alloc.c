@@ -373,7 +373,7 @@ static int64_t live_bytes(pool *p) {
 static void keep_below_mark(pool *p, size_t bytes) {
   if (!hm__is_mutator() || live_bytes(p) + (int64_t)bytes <= p->mark || !press(bytes, false)) return;
   const int64_t after = live_bytes(p) + (int64_t)bytes;
-  if (after > p->mark) p->mark = after + after / 64;
+  if (after > p->mark) p->mark = after + after / 256;
 }
 
 /* "1.50 GB" for messages. */

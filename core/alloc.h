@@ -31,4 +31,7 @@ static inline bool hm__alloc_injected(void) {
  * built against another kernels.h, HM_ERR_DEVICE if there is no room.  This is where a plug-in joins. (device.c) */
 int hm__device_register(const hm_backend *backend, int first);
 
+/* Loads the plug-in for CUDA as HALFMOON_CUDA says; `host` must outlive it.  HM_ERR_DEVICE says why there is none. (plugin.c) */
+int hm__plugin_load(const hm_host *host, const hm_backend **out);
+
 #endif

@@ -162,7 +162,8 @@ int hm__autocast(hm_opcall *c) {
     if (c->in[i].kind != HM_ARG_TENSOR) continue;
     const char cls = op_class(c, mode, c->info->in[i].cls);
     if (cls == 'L') {
-      const int status = cast_operand(c, i, mode->low, mode->cache);
+      int status = c->device == HM_CPU ? HM_OK : hm_device_check_low(c->device, mode->low);
+      if (!status) status = cast_operand(c, i, mode->low, mode->cache);
       if (status) return status;
     }
     widen = widen || cls == 'F';

@@ -14,17 +14,83 @@ static int cast(hm_tensor *t, int dtype, int64_t layout, hm_tensor **out) {
   return hm_call(HM_OP_CAST, (const hm_arg[]){hm_t(t)}, (const hm_attr[]){{.i = dtype}, {.i = layout}}, out);
 }
 
-/* Moves bytes between devices: t must be contiguous.  Not differentiable by itself. */
+/* ====== Between devices ====== */
+
+/* Copies dense memory from one device to another: to or from the CPU at once, between two others by way of the host. */
+static int move_bytes(void *to, int to_device, const void *from, int from_device, size_t bytes) {
+  const hm_backend *a = hm_device_backend(from_device), *b = hm_device_backend(to_device);
+  if (!a || !b) return HM_ERR_DEVICE;
+  if (from_device == HM_CPU) return b->mem_from_host(to, from, bytes, NULL);
+  if (to_device == HM_CPU) return a->mem_to_host(to, from, bytes, NULL);
+  void *host = hm_alloc(bytes);
+  if (!host) return HM_ERR_MEMORY;
+  int status = a->mem_to_host(host, from, bytes, NULL);
+  if (!status) status = b->mem_from_host(to, host, bytes, NULL);
+  hm_free(host);
+  return status;
+}
+
+typedef struct moved {
+  int from; /* where the gradient goes back to */
+} moved;
+
+static int move_backward(void *ud, int n_out, hm_tensor *const *grad, int n_in, hm_tensor **grad_in) {
+  const moved *m = ud;
+  (void)n_out, (void)n_in;
+  return grad[0] ? hm_to(grad[0], HM_NONE, m->from, false, &grad_in[0]) : HM_OK;
+}
+
+/* A dense tensor on another device: same dtype and strides. */
+static int move_dense(hm_tensor *t, int device, hm_tensor **out) {
+  hm_out_spec spec = {.dtype = t->dtype, .ndim = t->ndim, .has_stride = true};
+  memcpy(spec.shape, t->shape, sizeof(int64_t) * (size_t)t->ndim);
+  memcpy(spec.stride, t->stride, sizeof(int64_t) * (size_t)t->ndim);
+  *out = NULL;
+  hm_tensor *there;
+  int status = hm__tensor_by_spec(&spec, device, &there);
+  if (status) return status;
+  const int from = hm_tensor_device(t);
+  const size_t bytes = (size_t)t->numel * (size_t)hm_dtype_size(t->dtype);
+  if (bytes) status = move_bytes(hm_tensor_data(there), device, hm_tensor_data(t), from, bytes);
+  moved *m = status ? NULL : hm_alloc(sizeof *m);
+  if (!status && !m) status = HM_ERR_MEMORY;
+  if (!status) {
+    m->from = from;
+    status = hm_record_custom("to", &t, 1, &there, 1, move_backward, m, hm_free);
+  }
+  if (status) hm_tensor_release(there);
+  else *out = there;
+  return status;
+}
+
+/* t on another device; recorded, so that gradients move back. */
 static int move(hm_tensor *t, int device, hm_tensor **out) {
   *out = NULL;
-  return hm_fail(HM_ERR_DEVICE, "to: cannot move from %s to %s: there is one device here", hm_device_name(hm_tensor_device(t)), hm_device_name(device));
+  if (hm_is_channels_last(t)) return move_dense(t, device, out);
+  hm_tensor *dense;
+  int status = hm_contiguous(t, &dense);
+  if (status) return status;
+  status = move_dense(dense, device, out);
+  hm_tensor_release(dense);
+  return status;
+}
+
+/* Changes device and dtype; the cast is made where it leaves fewer bytes to move. */
+static int move_and_cast(hm_tensor *t, int dtype, int device, hm_tensor **out) {
+  if (dtype == HM_NONE || dtype == t->dtype) return move(t, device, out);
+  const bool cast_first = hm_dtype_size(dtype) < hm_dtype_size(t->dtype);
+  hm_tensor *half_way;
+  int status = cast_first ? cast(t, dtype, 0, &half_way) : move(t, device, &half_way);
+  if (status) return status;
+  status = cast_first ? move(half_way, device, out) : cast(half_way, dtype, 0, out);
+  hm_tensor_release(half_way);
+  return status;
 }
 
 int hm_to(hm_tensor *t, int dtype, int device, bool copy, hm_tensor **out) {
-  const int from = hm_tensor_device(t);
   *out = NULL;
   if (hm_tensor_is_dropped(t)) return hm_fail(HM_ERR_STATE, "to: the tensor was released");
-  if (device >= 0 && device != from) return hm_device_backend(device) ? move(t, device, out) : HM_ERR_DEVICE;
+  if (device >= 0 && device != hm_tensor_device(t)) return hm_device_backend(device) ? move_and_cast(t, dtype, device, out) : HM_ERR_DEVICE;
   if (!copy && (dtype == HM_NONE || dtype == t->dtype)) {
     *out = hm_tensor_retain(t);
     return HM_OK;

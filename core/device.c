@@ -2,7 +2,8 @@
  * device.c -- which devices there are: opens the backends, and turns names into ids and back.
  *
  * Ids: 0 is the CPU, 1 + i is cuda:i.  The table below borrows the backends, which live as long as the process.
- * hm_init fills it once, on the thread that becomes the mutator; afterwards it is only read, from any thread.
+ * hm_init enters the CPU, on the thread that becomes the mutator; that thread enters CUDA's devices when it first asks for one (plugin.c).
+ * Afterwards the table is only read, from any thread.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +13,10 @@
 
 static const hm_backend *backends[HM_MAX_DEVICES];
 HM_FAST_TLS bool hm__mutator;
+
+enum { REASON_BYTES = 1024 };
+static bool cuda_tried;
+static char cuda_reason[REASON_BYTES]; /* why there is no CUDA */
 
 /* Backends hand their messages over as plain text. */
 static int host_fail(int code, const char *message) { return hm_fail(code, "%s", message); }
@@ -44,7 +49,18 @@ int hm_init(void) {
   return HM_ERR_ARG; /* a setting cannot be obeyed; the backend has said why */
 }
 
+/* Opens CUDA's plug-in when somebody first asks for one of its devices; keeps why there is none. */
+static void open_cuda(void) {
+  const hm_backend *cuda;
+  if (cuda_tried || !backends[HM_CPU] || !hm__is_mutator()) return;
+  cuda_tried = true;
+  int status = hm__plugin_load(&host, &cuda);
+  if (!status) status = hm__device_register(cuda, 1);
+  if (status || !backends[1]) snprintf(cuda_reason, sizeof cuda_reason, "%s", hm_error_message());
+}
+
 const hm_backend *hm_device_backend(int device) {
+  if (device > HM_CPU) open_cuda();
   if (device >= 0 && device < HM_MAX_DEVICES && backends[device]) return backends[device];
   if (!backends[HM_CPU]) {
     hm_fail(HM_ERR_STATE, "no device is open\n  hint: call hm_init first");
@@ -53,8 +69,7 @@ const hm_backend *hm_device_backend(int device) {
             hm_device_name(HM_MAX_DEVICES - 1));
   } else if (!backends[1]) {
     hm_fail(HM_ERR_DEVICE,
-            "device %s: CUDA is not available here; the only device is cpu\n  hint: use device = \"cpu\"",
-            hm_device_name(device));
+            "device %s: CUDA is not available here: %s\n  hint: use device = \"cpu\"", hm_device_name(device), cuda_reason);
   } else {
     int n = 1;
     while (n < HM_MAX_DEVICES && backends[n]) n++;
@@ -62,6 +77,42 @@ const hm_backend *hm_device_backend(int device) {
             hm_device_name(n - 1));
   }
   return NULL;
+}
+
+int hm_cuda_device_count(void) {
+  int n = 0;
+  open_cuda();
+  while (n + 1 < HM_MAX_DEVICES && backends[n + 1]) n++;
+  if (n == 0) hm_fail(HM_ERR_DEVICE, "%s", cuda_reason);
+  return n;
+}
+
+bool hm_cuda_opened(void) { return backends[1] != NULL; }
+
+const hm_device_info *hm_device_get_info(int device) {
+  static hm_device_info info[HM_MAX_DEVICES];
+  static bool known[HM_MAX_DEVICES];
+  const hm_backend *backend = hm_device_backend(device);
+  if (!backend) return NULL;
+  if (!known[device] && backend->device_info(device == HM_CPU ? 0 : device - 1, &info[device])) return NULL;
+  known[device] = true;
+  return &info[device];
+}
+
+int hm_device_check_low(int device, int dtype) {
+  if (device == HM_CPU || dtype != HM_BF16) return HM_OK;
+  const hm_device_info *info = hm_device_get_info(device);
+  if (!info) return HM_ERR_DEVICE;
+  if (info->major >= 8) return HM_OK;
+  return hm_fail(HM_ERR_UNSUPPORTED,
+                 "autocast: %s (%s) has compute capability %d.%d; matrix products in bfloat16 need 8.0\n  hint: use float16",
+                 hm_device_name(device), info->name, info->major, info->minor);
+}
+
+int hm_synchronize(int device) {
+  const hm_backend *backend = hm_device_backend(device);
+  if (!backend) return HM_ERR_DEVICE;
+  return backend->synchronize(device == HM_CPU ? 0 : device - 1);
 }
 
 /* The id that a name stands for, whether or not the device is there; -1 for a name that means nothing. */

@@ -78,6 +78,25 @@ const hm_backend *hm_device_backend(int device);
 int hm_device_parse(const char *name, int *device);
 /* "cpu" or "cuda:0".  Static. */
 const char *hm_device_name(int device);
+/* How many devices of CUDA there are; 0 without a driver or plug-in: hm_error_message() then says why. */
+int hm_cuda_device_count(void);
+/* Has the plug-in been opened, and has it devices?  Opens nothing. */
+bool hm_cuda_opened(void);
+/* What a device is; kept from the first call on.  NULL with a message when there is none. */
+const hm_device_info *hm_device_get_info(int device);
+/* HM_ERR_UNSUPPORTED, with the reason, if a device has no products of that half dtype. */
+int hm_device_check_low(int device, int dtype);
+/* Waits until a device has done all that was queued, and tells what went wrong in it. */
+int hm_synchronize(int device);
+
+/* ---- kernels that a user wrote (userkernel.c) ---- */
+
+typedef struct hm_kernel hm_kernel;
+
+/* Compiles the kernel `name` of a CUDA C++ source for a device.  The compiler's messages come as the error. */
+int hm_kernel_compile(int device, const char *source, const char *name, hm_kernel **out);
+void hm_kernel_free(hm_kernel *k); /* waits until it has run; NULL is ignored */
+int hm_kernel_device(const hm_kernel *k);
 
 /* ====== Tensors (tensor.c, view.c) ====== */
 
@@ -239,6 +258,9 @@ int hm_call(int op, const hm_arg *in, const hm_attr *attr, hm_tensor **out);
 int hm_call_as(int op, const hm_arg *in, const hm_attr *attr, int out_dtype, hm_tensor **out);
 /* The in-place form of an elementwise op: the result goes into in[0].t.  Returns nothing new. */
 int hm_call_inplace(int op, const hm_arg *in, const hm_attr *attr);
+
+/* Launches a user's kernel on tensors (contiguous, on its device) and numbers, behind all work queued before.  Outside autograd. */
+int hm_kernel_launch(hm_kernel *k, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes, const hm_arg *in, int n);
 
 /* Composites that are not rows (composite.c).  New references. */
 int hm_to(hm_tensor *t, int dtype, int device, bool copy, hm_tensor **out); /* dtype HM_NONE, device -1: as t.  Nothing to do: t */

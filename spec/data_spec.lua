@@ -91,7 +91,8 @@ end)
 
 describe("data.fashion_mnist", function()
   it("names the package when the files are absent", function()
-    raises({"t10k-images-idx3-ubyte", folder, "dataset-fashion-mnist", "apt-get install"}, data.fashion_mnist, {root = folder, train = false})
+    raises({"t10k-images-idx3-ubyte", folder, "dataset-fashion-mnist", "apt-get install"}, data.fashion_mnist,
+      {root = folder, train = false})
     local said = process.script("require('halfmoon').data.fashion_mnist()", {HALFMOON_DATA = folder})
     assert.truthy(said:find("dataset-fashion-mnist", 1, true), said)
     raises("unknown option", data.fashion_mnist, {rot = folder})
@@ -169,7 +170,8 @@ describe("DataLoader", function()
     local first, second = epoch(a), epoch(a)
     assert.not_same(first, second)
     for _, opts in ipairs {
-      {batch_size = 10, prefetch = 0}, {batch_size = 10, prefetch = 3}, {batch_size = 1, prefetch = 5}, {batch_size = 1000}, {batch_size = 7},
+      {batch_size = 10, prefetch = 0}, {batch_size = 10, prefetch = 3}, {batch_size = 1, prefetch = 5}, {batch_size = 1000},
+        {batch_size = 7},
     } do
       opts.shuffle, opts.seed = true, 7
       hm.manual_seed(math.random(1 << 30))
@@ -307,7 +309,8 @@ describe("DataLoader", function()
     local l = loader {batch_size = 10}
     assert.equal("DataLoader(103 examples in 11 batches of 10, 0 epochs begun)", tostring(l))
     for _, form in ipairs {data.DataLoader(data.TensorDataset(xs, ys), {batch_size = 10}), data.DataLoader {xs, ys, batch_size = 10},
-                           data.DataLoader {{xs, ys}, batch_size = 10}, data.DataLoader {dataset = data.TensorDataset(xs, ys), batch_size = 10}} do
+                           data.DataLoader {{xs, ys}, batch_size = 10}, data.DataLoader {dataset = data.TensorDataset(xs,
+                             ys), batch_size = 10}} do
       assert.same(all, epoch(form))
     end
   end)

@@ -33,9 +33,11 @@ describe("an error message", function()
   end)
 
   it("has shapes, dtypes and devices of both sides, and the rule", function()
-    raises({"matmul: inner sizes differ: ", "f16[32,784] on cpu", "f16[256,10] on cpu", "\n  784 (dim 2 of ", ") must equal 256 (dim 1 of "},
+    raises({"matmul: inner sizes differ: ", "f16[32,784] on cpu", "f16[256,10] on cpu", "\n  784 (dim 2 of ",
+      ") must equal 256 (dim 1 of "},
       hm.matmul, hm.zeros({32, 784}, {dtype = "f16"}), hm.zeros({256, 10}, {dtype = "f16"}))
-    raises({"add: shapes do not broadcast", "f32[2,3] on cpu", "bf16[4] on cpu", "hint: "}, hm.add, hm.zeros({2, 3}), hm.zeros({4}, {dtype = "bf16"}))
+    raises({"add: shapes do not broadcast", "f32[2,3] on cpu", "bf16[4] on cpu", "hint: "}, hm.add, hm.zeros({2, 3}),
+      hm.zeros({4}, {dtype = "bf16"}))
     raises({"view", "[7]", "f32[2,3] on cpu"}, function() hm.zeros({2, 3}):view(7) end)
     raises({"copy_", "f32[2] on cpu", "f32[3] on cpu"}, function() hm.zeros({2}):copy_(hm.zeros({3})) end)
     raises({"where", "i64[2] on cpu"}, hm.where, hm.zeros({2}, {dtype = "i64"}), 1, 2)

@@ -1,4 +1,5 @@
 -- Files: safetensors to the byte, every kind of damage told by name, and saves that leave the old file or the new one.
+-- luacheck: no max line length
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
@@ -180,7 +181,8 @@ describe("a file written by hand", function()
     ["JSON that is none"] = {with_header('{"w":'), {"JSON"}},
     ["JSON with text behind it"] = {with_header("{} x"), {"JSON"}},
     ["a dtype that does not exist"] = {with_header(entry '"dtype":"F7","shape":[],"data_offsets":[0,4]', "1234"), {'"x"', "F7"}},
-    ["a shape that does not fit the bytes"] = {with_header(entry '"dtype":"F32","shape":[3],"data_offsets":[0,8]', "12345678"), {'"x"', "12"}},
+    ["a shape that does not fit the bytes"] = {with_header(entry '"dtype":"F32","shape":[3],"data_offsets":[0,8]',
+      "12345678"), {'"x"', "12"}},
     ["a negative size"] = {with_header(entry '"dtype":"U8","shape":[-1],"data_offsets":[0,1]', "1"), {'"x"'}},
     ["sizes whose product overflows"] = {
       with_header(entry '"dtype":"U8","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,1]', "1"), {'"x"'}},

@@ -1,4 +1,5 @@
--- The library as a guest of Lua: nothing put into _G, iterators that survive `break` in Lua 5.4.4, both collector modes, coroutines, stock lua5.4.
+-- The library as a guest of Lua: nothing put into _G, iterators that survive `break` in Lua 5.4.4, both collector
+-- modes, coroutines, stock lua5.4.
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
@@ -58,7 +59,7 @@ describe("leaving a loop in Lua 5.4.4", function()
       end
       assert.equal(2, #kept, name)
       assert.is_true(hm.is_grad_enabled(), name)
-      for a in make() do
+      for a in make() do -- luacheck: ignore 512
         kept[#kept + 1] = function() return a end
         goto next
       end
@@ -154,7 +155,7 @@ describe("the collector", function()
     collectgarbage()
     local before = core.memory_stats().live
     do
-      local a, b = {hm.zeros {1000}}, {hm.zeros {1000}}
+      local a, b = {hm.zeros {1000}}, {hm.zeros {1000}} -- luacheck: ignore 241
       a.other, b.other = b, a
     end
     collectgarbage()

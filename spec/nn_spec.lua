@@ -1,4 +1,5 @@
--- Modules: what is registered and under which names, state dicts, modes, conversion, text; layers and losses against plain loops; first values;
+-- Modules: what is registered and under which names, state dicts, modes, conversion, text; layers and losses against
+-- plain loops; first values;
 -- clipping.
 
 local hm = require "halfmoon"
@@ -183,7 +184,8 @@ Net(
     (0): Linear(2 -> 2)
   )
 )]], tostring(Net()))
-    assert.truthy(tostring(nn.Conv2d(2, 4, {3, 5}, {stride = 2, groups = 2, dilation = {1, 2}})):find("kernel 3x5, stride 2, dilation 1x2, groups 2", 1, true))
+    assert.truthy(tostring(nn.Conv2d(2, 4, {3, 5}, {stride = 2, groups = 2, dilation = {1,
+      2}})):find("kernel 3x5, stride 2, dilation 1x2, groups 2", 1, true))
     assert.equal("class Net", tostring(Net))
   end)
 end)

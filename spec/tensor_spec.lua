@@ -454,7 +454,8 @@ describe("arithmetic", function()
   it("Lua numbers are weak: neither kind changes a floating dtype", function()
     for _, dtype in ipairs(FLOATS) do
       local x = hm.tensor({1, 2}, {dtype = dtype})
-      for _, y in ipairs {x + 1, x + 1.5, 1 - x, x * 2.5, 2.5 * x, x / 3, 3 / x, x % 2, x // 2, x ^ 2, 2 ^ x, -x, x:add(1.5), x:maximum(1.5)} do
+      for _, y in ipairs {x + 1, x + 1.5, 1 - x, x * 2.5, 2.5 * x, x / 3, 3 / x, x % 2, x // 2, x ^ 2, 2 ^ x, -x, x:add(1.5),
+        x:maximum(1.5)} do
         assert.equal(dtype, y.dtype)
       end
     end

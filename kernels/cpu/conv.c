@@ -15,7 +15,7 @@
 
 #include "onednn.h"
 
-enum { CHUNK_BYTES = 2 << 20 }; /* float32 images of one chunk, both sides: they stay in cache */
+enum { CHUNK_BYTES = 768 << 10 }; /* float32 images of one chunk, both sides: they stay in cache */
 
 typedef enum way { WAY_F64, WAY_DIRECT, WAY_CHUNKS } way;
 

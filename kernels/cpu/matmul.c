@@ -84,13 +84,10 @@ static matrix plain(const hm_view *v, int64_t rs, int64_t cs) {
 /* Distance of lines of n elements in a copy of ours. */
 static int64_t line_distance(int64_t n) { return n % (ALIAS / 2) ? n : n + 16; }
 
-/* The weight [out, in] as it is, or its packed float32 copy; transposed for the forward step. */
+/* The weight [out, in]; transposed for the forward step. */
 static matrix linear_weight(const hm_view *v, bool transposed) {
-  const bool packed = (v->flags & HM_VIEW_PACKED) != 0;
-  const int64_t line = packed ? line_distance(v->shape[1]) : v->shape[1];
-  matrix w = transposed ? plain(v, 1, line) : plain(v, line, 1);
-  if (packed) w.dtype = HM_F32;
-  return w;
+  const int64_t line = v->shape[1];
+  return transposed ? plain(v, 1, line) : plain(v, line, 1);
 }
 
 static void read_linear(const hm_kernel_call *call, product *p) {
@@ -276,7 +273,7 @@ static int plan_chunks(const product *p, plan *l) {
   l->x_staged = wants_staging_x(p);
   l->y_staged = wants_staging_y(p);
   l->out_staged = p->out.dtype != HM_F32;
-  l->by_k = l->y_staged && p->k > 4 * max64(p->m, p->n); /* a weight packed already is not copied again */
+  l->by_k = l->y_staged && p->k > 4 * max64(p->m, p->n);
   l->chunks = l->by_k ? hm_chunk(p->k, 4 * (p->m + p->n), CHUNK_BYTES, CHUNK_INNER)
                       : hm_chunk(p->m, 4 * (p->k + p->n), CHUNK_BYTES, CHUNK_ROWS);
   if (!l->by_k && !l->x_staged && !l->out_staged) l->chunks = (hm_chunks){1, p->m};
@@ -614,26 +611,4 @@ int hm_cpu_matmul(const hm_kernel_call *call) {
   case WAY_GROUPS: return run_groups(&p, &l, ws);
   }
   return hm_cpu_fail(HM_ERR_INTERNAL, "%s: no way chosen", p.name);
-}
-
-/* The weight of a linear layer that the narrow way would convert anew in each call: a float32 copy serves until it
- * changes. */
-int hm_matmul_packing(const hm_kernel_call *call, int arg, hm_packing *out) {
-  product p;
-  plan l;
-  (void)arg;
-  const int status = read_call(call, &p);
-  if (status || is_empty(&p) || p.k == 0 || (p.y.dtype != HM_F16 && p.y.dtype != HM_BF16)) return status;
-  const int planned = make_plan(&p, &l);
-  if (planned || l.way != WAY_CHUNKS || !l.y_staged) return planned;
-  const int64_t rows = call->in[1].shape[0], cols = call->in[1].shape[1];
-  *out = (hm_packing){hm_key_f32_copy(p.y.dtype, line_distance(cols) - cols), (size_t)(rows * line_distance(cols)) * 4};
-  return HM_OK;
-}
-
-int hm_matmul_pack(const hm_kernel_call *call, int arg, void *dst) {
-  const hm_view *w = &call->in[arg];
-  const matrix plain_weight = plain(w, w->shape[1], 1);
-  stage(dst, &plain_weight, w->data, w->shape[0], w->shape[1], true);
-  return HM_OK;
 }

@@ -545,10 +545,6 @@ void hm_prim_unpack_weight(const hm_prim *p, const hm_conv_desc *d, void *dst, i
   move_weight(p, d, (void *)src, dst, dst_dtype, false);
 }
 
-uint64_t hm_key_f32_copy(int src_dtype, int64_t gap) {
-  return mix(mix(2, (uint64_t)src_dtype), (uint64_t)gap) | (uint64_t)1 << 63;
-}
-
 /* ====== Helpers of both families ====== */
 
 void hm_convert_many(void *dst, int dst_dtype, const void *src, int src_dtype, int64_t n) {
@@ -588,21 +584,19 @@ hm_chunks hm_chunk(int64_t total, int64_t item_bytes, int64_t target, int64_t le
   return (hm_chunks){count, (total + count - 1) / count};
 }
 
-/* ====== Packing: which family ====== */
+/* ====== Packing ====== */
 
-static bool is_conv(int op) { return op == HM_OP_CONV2D || op == HM_OP_CONV2D_BACKWARD_INPUT; }
-static bool is_linear(int op) { return op == HM_OP_LINEAR || op == HM_OP_LINEAR_BACKWARD_INPUT; }
+/* Convolution weights want oneDNN's layout.  Linear weights stay plain: a float32 copy of a half weight would save a conversion a call and cost
+ * twice the weight's memory for as long as it lives. */
+static bool wants_packing(int op) { return op == HM_OP_CONV2D || op == HM_OP_CONV2D_BACKWARD_INPUT; }
 
 int hm_cpu_packing(const hm_kernel_call *call, int arg, hm_packing *out) {
   *out = (hm_packing){0, 0};
-  if (arg != 1 || call->in[1].flags) return HM_OK; /* absent or packed already */
-  if (is_conv(call->op)) return hm_conv_packing(call, arg, out);
-  if (is_linear(call->op)) return hm_matmul_packing(call, arg, out);
-  return HM_OK;
+  if (arg != 1 || call->in[1].flags || !wants_packing(call->op)) return HM_OK; /* absent or packed already */
+  return hm_conv_packing(call, arg, out);
 }
 
 int hm_cpu_pack(const hm_kernel_call *call, int arg, void *dst) {
-  if (is_conv(call->op)) return hm_conv_pack(call, arg, dst);
-  if (is_linear(call->op)) return hm_matmul_pack(call, arg, dst);
+  if (wants_packing(call->op)) return hm_conv_pack(call, arg, dst);
   return hm_cpu_fail(HM_ERR_INTERNAL, "cpu: operand %d of this op has no layout of its own", arg + 1);
 }

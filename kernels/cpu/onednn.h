@@ -75,10 +75,6 @@ int hm_prim_execute(const char *op, hm_prim *p, void *const data[HM_PRIM_ARGS], 
 void hm_prim_pack_weight(const hm_prim *p, const hm_conv_desc *d, void *dst, const void *src, int src_dtype);
 void hm_prim_unpack_weight(const hm_prim *p, const hm_conv_desc *d, void *dst, int dst_dtype, const void *src);
 
-/* Key of a row-major float32 copy of an operand of dtype src, with `gap` elements between its lines
- * (hm_packing.key). */
-uint64_t hm_key_f32_copy(int src_dtype, int64_t gap);
-
 /* n contiguous elements from one dtype to another, by as many threads as that is worth. */
 void hm_convert_many(void *dst, int dst_dtype, const void *src, int src_dtype, int64_t n);
 
@@ -106,9 +102,7 @@ static inline size_t hm_take(size_t *top, size_t bytes) {
   return at;
 }
 
-/* The families' share of hm_cpu_packing() and hm_cpu_pack(). */
-int hm_matmul_packing(const hm_kernel_call *call, int arg, hm_packing *out);
-int hm_matmul_pack(const hm_kernel_call *call, int arg, void *dst);
+/* The convolutions' share of hm_cpu_packing() and hm_cpu_pack(): theirs is all of it. */
 int hm_conv_packing(const hm_kernel_call *call, int arg, hm_packing *out);
 int hm_conv_pack(const hm_kernel_call *call, int arg, void *dst);
 

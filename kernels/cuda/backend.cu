@@ -334,10 +334,13 @@ static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
 }
 
 static int user_launch(hm_user_kernel *kernel, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes, hm_user_arg *arg, int n) {
-  const int status = hm_cuda_user_launch(kernel, grid, block, shared_bytes, arg, n);
-  hm_cuda_device *d = cuda.current;
-  if (d) remember(d, -1);
-  return d ? settle(d, status, "kernel") : status;
+  hm_cuda_device *d = hm_cuda_use(hm_cuda_user_device(kernel));
+  if (!d) return HM_ERR_DEVICE;
+  const int status = check(d, "kernel");
+  if (status) return status;
+  cuda.current = d;
+  remember(d, -1);
+  return settle(d, hm_cuda_user_launch(d, kernel, grid, block, shared_bytes, arg, n), "kernel");
 }
 
 /* ====== The table ====== */

@@ -126,7 +126,10 @@ int hm_cuda_conv_pack(const hm_kernel_call *call, int arg, void *dst);
 
 int hm_cuda_user_compile(int device, const char *source, const char *name, hm_user_kernel **out);
 int hm_cuda_user_check(const hm_user_kernel *kernel, hm_user_arg *arg, int n);
-int hm_cuda_user_launch(hm_user_kernel *kernel, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes, hm_user_arg *arg, int n);
+/* On the kernel's own device, which is the current one. */
+int hm_cuda_user_launch(hm_cuda_device *device, hm_user_kernel *kernel, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes,
+                        hm_user_arg *arg, int n);
+int hm_cuda_user_device(const hm_user_kernel *kernel);
 void hm_cuda_user_free(hm_user_kernel *kernel);
 
 /* A dense row-major view. */

@@ -15,7 +15,10 @@
  */
 #include "backend.h"
 
-static const int64_t COLUMN_BYTES = 64 << 20; /* of one chunk */
+/* Columns of one chunk, at most, unless a single image has more.  (Tests build with a small one.) */
+#ifndef HM_CUDA_COLUMN_BYTES
+#define HM_CUDA_COLUMN_BYTES ((int64_t)64 << 20)
+#endif
 
 typedef enum conv_kind { CONV_FORWARD, CONV_INPUT, CONV_WEIGHT } conv_kind;
 
@@ -105,7 +108,7 @@ static room take(plan *l, bool wanted, int64_t elements, int dtype) {
 
 static void cut_images(const conv *c, plan *l) {
   const int64_t image = l->direct ? 1 : c->places * c->g.groups * c->g.ld * hm_dtype_size(l->col_dtype);
-  const int64_t most = l->direct || image <= 0 ? c->g.n : COLUMN_BYTES / image;
+  const int64_t most = l->direct || image <= 0 ? c->g.n : HM_CUDA_COLUMN_BYTES / image;
   const int64_t per = most < 1 ? 1 : (most > c->g.n ? c->g.n : most);
   l->count = (c->g.n + per - 1) / per;
   l->chunk = (c->g.n + l->count - 1) / l->count;

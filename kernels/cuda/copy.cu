@@ -20,7 +20,7 @@ struct sides {
 
 /* ====== Element by element, and in pieces of 16 bytes ====== */
 
-static __global__ void __launch_bounds__(HM_BLOCK) copy_any(sides s) {
+static __global__ void __launch_bounds__(HM_BLOCK, 2) copy_any(sides s) {
   for (uint32_t i = hm_global_thread(); i < s.walk.count; i += hm_global_threads()) {
     int64_t at[2];
     hm_offsets(s.walk, i, at);
@@ -28,7 +28,7 @@ static __global__ void __launch_bounds__(HM_BLOCK) copy_any(sides s) {
   }
 }
 
-template <class T> static __global__ void __launch_bounds__(HM_BLOCK) copy_bytes(sides s) {
+template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) copy_bytes(sides s) {
   for (uint32_t i = hm_global_thread(); i < s.walk.count; i += hm_global_threads()) {
     int64_t at[2];
     hm_offsets(s.walk, i, at);
@@ -50,7 +50,7 @@ struct turned {
 };
 
 /* T: what passes through shared memory.  CONVERT: float between 32- and 16-bit floats; else bytes as they are. */
-template <class T, bool CONVERT> static __global__ void __launch_bounds__(TILE *TILE_ROWS) copy_turned(turned t) {
+template <class T, bool CONVERT> static __global__ void __launch_bounds__(HM_BLOCK, 2) copy_turned(turned t) {
   HM_SHARED(T, tile, [TILE][TILE + 1]);
   const int x = (int)threadIdx.x % TILE, y = (int)threadIdx.x / TILE;
   for (uint32_t u = blockIdx.x; u < t.tiles; u += gridDim.x) {

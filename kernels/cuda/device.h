@@ -36,8 +36,10 @@
 
 #include <cuda_fp16.h>
 
+/* clang-format off */
 #define HM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                      \
   ((kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__), cudaGetLastError())
+/* clang-format on */
 #define HM_SHARED(T, name, dims) __shared__ T name dims
 #define HM_DYN_SHARED(T, name)                                                                                         \
   extern __shared__ __align__(16) unsigned char hm_dynamic_shared[];                                                   \
@@ -78,7 +80,7 @@ HM_DEV unsigned hm_warp(void) { return hm_thread() >> 5; }
 #define HM_CHECK_ALIGNED(p, what)
 #else
 #define HM_CHECK_ALIGNED(p, what)                                                                                      \
-  if ((uintptr_t)(p) & 15u)                                                                                            \
+  if ((uintptr_t)(p)&15u)                                                                                              \
   hm_emu::table->complain(cudaErrorMisalignedAddress, what ": the address is not 16-byte aligned", __FILE__, __LINE__)
 #endif
 

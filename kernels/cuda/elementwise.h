@@ -42,7 +42,7 @@ template <class Op, class T, class E> HM_DEV void hm_one_element(const E &e, con
 }
 
 template <class Op, class T>
-static __global__ void __launch_bounds__(HM_BLOCK) hm_elements_single(hm_elements<T, Op::inputs, Op::attrs> e) {
+static __global__ void __launch_bounds__(HM_BLOCK, 2) hm_elements_single(hm_elements<T, Op::inputs, Op::attrs> e) {
   for (uint32_t i = hm_global_thread(); i < e.walk.count; i += hm_global_threads()) {
     int64_t at[Op::inputs + 1];
     hm_offsets(e.walk, i, at);
@@ -51,7 +51,7 @@ static __global__ void __launch_bounds__(HM_BLOCK) hm_elements_single(hm_element
 }
 
 template <class Op>
-static __global__ void __launch_bounds__(HM_BLOCK) hm_elements_runs(hm_elements<float, Op::inputs, Op::attrs> e) {
+static __global__ void __launch_bounds__(HM_BLOCK, 2) hm_elements_runs(hm_elements<float, Op::inputs, Op::attrs> e) {
   const int N = Op::inputs, V = Op::width;
   for (uint32_t i = hm_global_thread(); i < e.walk.count; i += hm_global_threads()) {
     int64_t at[N + 1];

@@ -15,7 +15,7 @@ struct constant {
   uint4 pattern; /* the value repeated over 16 bytes */
 };
 
-template <class T> static __global__ void __launch_bounds__(HM_BLOCK) fill_strided(constant c) {
+template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) fill_strided(constant c) {
   const uint64_t bits = (uint64_t)c.pattern.y << 32 | c.pattern.x;
   for (uint32_t i = hm_global_thread(); i < c.walk.count; i += hm_global_threads()) {
     int64_t at[1];
@@ -25,7 +25,7 @@ template <class T> static __global__ void __launch_bounds__(HM_BLOCK) fill_strid
 }
 
 /* Pieces of 16 bytes of dense memory, then the `tail` elements behind them. */
-template <class T> static __global__ void __launch_bounds__(HM_BLOCK) fill_dense(uint4 *out, uint4 pattern, uint32_t pieces, uint32_t tail) {
+template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) fill_dense(uint4 *out, uint4 pattern, uint32_t pieces, uint32_t tail) {
   for (uint32_t i = hm_global_thread(); i < pieces; i += hm_global_threads()) hm_store16(out + i, pattern);
   const uint32_t t = hm_global_thread();
   if (t < tail) reinterpret_cast<T *>(out + pieces)[t] = (T)((uint64_t)pattern.y << 32 | pattern.x);
@@ -178,7 +178,7 @@ template <class T> struct range {
 HM_DEV int64_t range_value(int64_t start, int64_t step, int64_t i) { return (int64_t)((uint64_t)start + (uint64_t)i * (uint64_t)step); }
 HM_DEV double range_value(double start, double step, int64_t i) { return start + (double)i * step; }
 
-template <class T> static __global__ void __launch_bounds__(HM_BLOCK) fill_range(range<T> r) {
+template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) fill_range(range<T> r) {
   const T start = r.data[0] ? hm_load<T>(r.data[0], r.dtype[0], 0) : r.value[0];
   const T step = r.data[1] ? hm_load<T>(r.data[1], r.dtype[1], 0) : r.value[1];
   for (int64_t i = first_of_thread(); i < r.o.count; i += all_threads()) hm_store<T>(r.o.out, r.o.dtype, place_of(r.o, i), range_value(start, step, i));
@@ -203,7 +203,7 @@ static int arange(const hm_kernel_call *call) {
   return floats ? arange_in<double>(&call->out[0], number, call->stream) : arange_in<int64_t>(&call->out[0], number, call->stream);
 }
 
-template <class T> static __global__ void __launch_bounds__(HM_BLOCK) fill_eye(T *out, int64_t rows, int64_t cols, int64_t row, int64_t col, T one) {
+template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) fill_eye(T *out, int64_t rows, int64_t cols, int64_t row, int64_t col, T one) {
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x)
     for (int64_t c = threadIdx.x; c < cols; c += HM_BLOCK) out[r * row + c * col] = r == c ? one : (T)0;
 }
@@ -327,7 +327,7 @@ template <class T> HM_DEV void store_four(const ordered &o, int64_t i, const T *
     if (4 * i + k < o.count) hm_store<T>(o.out, o.dtype, place_of(o, 4 * i + k), x[k]);
 }
 
-template <int WHAT, class T> static __global__ void __launch_bounds__(HM_BLOCK) fill_random(draws d) {
+template <int WHAT, class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) fill_random(draws d) {
   const int64_t counters = (d.o.count + 3) / 4;
   for (int64_t i = first_of_thread(); i < counters; i += all_threads()) {
     const words high = philox(d.seed, d.offset + (uint64_t)i, 0);

@@ -59,4 +59,83 @@ template <class J, int G, class T> HM_DEV T hm_group_join(T x) {
   }
 }
 
+/* ====== Rows along one dim ====== */
+
+/* K tensors of one shape, seen as rows along a dim: offsets of a row come from the walk, its elements lie `step` apart. */
+template <int K> struct hm_rows {
+  hm_walk<K> walk;
+  int64_t step[K], length;
+  void *data[K];
+  int8_t dtype[K];
+};
+
+enum { HM_KEEP = 8, HM_AHEAD = 4 }; /* elements of a row that a thread keeps in registers; that it reads at once */
+
+/* The elements t, t + G, ... of a row.  KEEP: they are read once and kept (the row has at most G * HM_KEEP); else read at each pass. */
+template <class T, int G, bool KEEP> struct hm_row {
+  const void *data;
+  int dtype, t;
+  int64_t base, step, length;
+  T kept[KEEP ? HM_KEEP : 1];
+
+  /* Elements i, i + G, ...; those behind the end are read at the row's beginning, which is always there. */
+  template <int N> __device__ __forceinline__ void fetch(int64_t i, T *x) const {
+    int64_t at[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) at[j] = base + (i + j * G < length ? (i + j * G) * step : 0);
+    hm_load_many<N>(data, dtype, at, x);
+  }
+  __device__ __forceinline__ void open(const void *from, int type, int64_t at, int64_t by, int64_t n, int thread) {
+    data = from, dtype = type, base = at, step = by, length = n, t = thread;
+    if constexpr (KEEP) fetch<HM_KEEP>(t, kept);
+  }
+  /* Calls f(i, x) for each; what f writes to x stays only where KEEP holds. */
+  template <class F> __device__ __forceinline__ void each(F f) {
+    if constexpr (KEEP) {
+#pragma unroll
+      for (int j = 0; j < HM_KEEP; j++)
+        if (t + j * G < length) f((int64_t)(t + j * G), kept[j]);
+    } else {
+      for (int64_t i = t; i < length; i += HM_AHEAD * G) {
+        T x[HM_AHEAD];
+        fetch<HM_AHEAD>(i, x);
+#pragma unroll
+        for (int j = 0; j < HM_AHEAD; j++)
+          if (i + j * G < length) f(i + j * G, x[j]);
+      }
+    }
+  }
+};
+
+/* How rows are shared out. */
+typedef enum hm_row_plan { HM_ROWS_WARP_KEEP, HM_ROWS_WARP, HM_ROWS_BLOCK_KEEP, HM_ROWS_BLOCK, HM_ROWS_THREAD } hm_row_plan;
+
+/* By the layout of operand x: rows that lie side by side in memory are taken by neighbouring threads, one each. */
+template <int K> static hm_row_plan hm_plan_rows(const hm_rows<K> &r, int x) {
+  const bool side_by_side = r.step[x] != 1 && r.walk.stride[x][r.walk.ndim - 1] == 1 && r.length > 1;
+  if (side_by_side && r.walk.count >= HM_WARP && (r.length <= 1024 || r.walk.count >= 8192)) return HM_ROWS_THREAD;
+  if (r.length <= HM_WARP * HM_KEEP) return HM_ROWS_WARP_KEEP;
+  if (r.length <= 1024) return HM_ROWS_WARP;
+  return r.length <= HM_BLOCK * HM_KEEP ? HM_ROWS_BLOCK_KEEP : HM_ROWS_BLOCK;
+}
+
+static inline unsigned hm_row_blocks(int64_t rows, hm_row_plan plan) {
+  return hm_blocks(rows, plan == HM_ROWS_THREAD ? HM_BLOCK : plan == HM_ROWS_WARP || plan == HM_ROWS_WARP_KEEP ? HM_WARPS : 1);
+}
+
+/* Sums one number after the other and keeps what each addition loses. */
+template <class T> struct hm_long_sum {
+  T sum, lost;
+  __device__ __forceinline__ void add(T x) {
+    const T y = x - lost, s = sum + y;
+    lost = s - sum == s - sum ? (s - sum) - y : (T)0; /* not for infinity and NaN */
+    sum = s;
+  }
+};
+
+HM_DEV float hm_exp(float x) { return hm_exp_f32(x); }
+HM_DEV double hm_exp(double x) { return hm_exp_f64(x); }
+HM_DEV float hm_log(float x) { return hm_log_f32(x); }
+HM_DEV double hm_log(double x) { return hm_log_f64(x); }
+
 #endif

@@ -442,12 +442,12 @@ static int allow_shared(hm_cuda_device *d, hm_user_kernel *k, int64_t bytes) {
   return driver_status(d, driver.set(k->function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)bytes), k->name);
 }
 
-int hm_cuda_user_launch(hm_user_kernel *k, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes, hm_user_arg *arg, int n) {
+int hm_cuda_user_device(const hm_user_kernel *k) { return k->device; }
+
+int hm_cuda_user_launch(hm_cuda_device *d, hm_user_kernel *k, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes, hm_user_arg *arg,
+                        int n) {
   slot value[HM_MAX_USER_ARGS];
   void *address[HM_MAX_USER_ARGS + 1];
-  hm_cuda_device *d = hm_cuda_use(k->device);
-  if (!d) return HM_ERR_DEVICE;
-  if (d->lost) return hm_cuda_wait(d, k->name);
   int status = hm_cuda_user_check(k, arg, n);
   if (!status) status = check_size(k, grid, block);
   if (!status) status = allow_shared(d, k, shared_bytes);

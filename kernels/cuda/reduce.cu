@@ -13,6 +13,8 @@
 
 /* ====== What is reduced: a value and how two become one ====== */
 
+enum { AHEAD = 4 }; /* elements that a thread reads at once */
+
 /* A value with its place.  The first NaN wins, else the first of the best. */
 template <class T> struct placed {
   T value;
@@ -44,7 +46,9 @@ template <> struct sum_type<int64_t> {
 template <class T> struct op_sum {
   typedef typename sum_type<T>::type acc;
   HM_DEV acc identity() { return (acc)0; }
-  HM_DEV acc load(const void *x, int dtype, int64_t at, int64_t) { return (acc)hm_load<T>(x, dtype, at); }
+  typedef T raw;
+  HM_DEV void load(const void *x, int dtype, const int64_t *at, raw *v) { hm_load_many<AHEAD>(x, dtype, at, v); }
+  HM_DEV acc take(raw v, int64_t) { return (acc)v; }
   HM_DEV acc join(acc a, acc b) { return a + b; }
   HM_DEV T value(acc a) { return (T)a; }
   HM_DEV int64_t place(acc) { return 0; }
@@ -62,7 +66,9 @@ template <class T> HM_DEV T highest() {
 template <class T, bool LARGEST> struct op_extreme {
   typedef T acc;
   HM_DEV acc identity() { return LARGEST ? lowest<T>() : highest<T>(); }
-  HM_DEV acc load(const void *x, int dtype, int64_t at, int64_t) { return hm_load<T>(x, dtype, at); }
+  typedef T raw;
+  HM_DEV void load(const void *x, int dtype, const int64_t *at, raw *v) { hm_load_many<AHEAD>(x, dtype, at, v); }
+  HM_DEV acc take(raw v, int64_t) { return v; }
   HM_DEV acc join(acc a, acc b) { return (LARGEST ? b > a : b < a) || b != b ? b : a; }
   HM_DEV T value(acc a) { return a; }
   HM_DEV int64_t place(acc) { return 0; }
@@ -76,9 +82,11 @@ template <class T, bool LARGEST> struct op_find {
     a.place = INT64_MAX;
     return a;
   }
-  HM_DEV acc load(const void *x, int dtype, int64_t at, int64_t place) {
+  typedef T raw;
+  HM_DEV void load(const void *x, int dtype, const int64_t *at, raw *v) { hm_load_many<AHEAD>(x, dtype, at, v); }
+  HM_DEV acc take(raw v, int64_t place) {
     acc a;
-    a.value = hm_load<T>(x, dtype, at);
+    a.value = v;
     a.place = place;
     return a;
   }
@@ -105,7 +113,12 @@ HM_DEV bool is_true(const void *x, int dtype, int64_t at) {
 template <bool ANY> struct op_logic {
   typedef int acc;
   HM_DEV acc identity() { return ANY ? 0 : 1; }
-  HM_DEV acc load(const void *x, int dtype, int64_t at, int64_t) { return is_true(x, dtype, at); }
+  typedef int raw;
+  HM_DEV void load(const void *x, int dtype, const int64_t *at, raw *v) {
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) v[j] = is_true(x, dtype, at[j]);
+  }
+  HM_DEV acc take(raw v, int64_t) { return v; }
   HM_DEV acc join(acc a, acc b) { return ANY ? a | b : a & b; }
   HM_DEV int64_t value(acc a) { return a; }
   HM_DEV int64_t place(acc) { return 0; }
@@ -177,8 +190,26 @@ template <class R> HM_DEV void keep_or_finish(const plan &p, int64_t k, int64_t 
   else finish<R>(p, k, a);
 }
 
+/* What one thread gets of elements i, i + STEP, ... before `end`. */
+template <class R, int STEP> HM_DEV typename R::acc thread_part(const plan &p, int64_t base, int64_t i, int64_t end) {
+  typename R::acc a[AHEAD];
+#pragma unroll
+  for (int j = 0; j < AHEAD; j++) a[j] = R::identity();
+  for (; i < end; i += AHEAD * STEP) {
+    int64_t at[AHEAD];
+    typename R::raw v[AHEAD];
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) at[j] = base + offset_of(p.reduced, 0, i + j * STEP < end ? i + j * STEP : i);
+    R::load(p.x, p.dtype, at, v);
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+      if (i + j * STEP < end) a[j] = R::join(a[j], R::take(v[j], i + j * STEP));
+  }
+  return R::join(R::join(a[0], a[1]), R::join(a[2], a[3]));
+}
+
 /* One result (of one chunk) by G threads. */
-template <class R, int G> static __global__ void __launch_bounds__(HM_BLOCK) reduce_rows(plan p) {
+template <class R, int G> static __global__ void __launch_bounds__(HM_BLOCK, 2) reduce_rows(plan p) {
   const int groups = HM_BLOCK / G, t = (int)threadIdx.x % G;
   const int64_t units = p.n_keep * p.n_chunks, step = (int64_t)gridDim.x * groups;
   for (int64_t first = (int64_t)blockIdx.x * groups; first < units; first += step) { /* the same rounds for all threads */
@@ -187,22 +218,14 @@ template <class R, int G> static __global__ void __launch_bounds__(HM_BLOCK) red
     const int64_t k = here ? divide(u, p.by_chunks) : 0, chunk = here ? u - k * p.n_chunks : 0;
     const int64_t begin = chunk * p.chunk, limit = begin + p.chunk, end = !here ? begin : limit < p.n_red ? limit : p.n_red;
     const int64_t base = offset_of(p.kept, 0, k);
-    typename R::acc a[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) a[j] = R::identity();
-    int64_t i = begin + t;
-    for (; i + 3 * G < end; i += 4 * G) {
-#pragma unroll
-      for (int j = 0; j < 4; j++) a[j] = R::join(a[j], R::load(p.x, p.dtype, base + offset_of(p.reduced, 0, i + j * G), i + j * G));
-    }
-    for (; i < end; i += G) a[0] = R::join(a[0], R::load(p.x, p.dtype, base + offset_of(p.reduced, 0, i), i));
-    const typename R::acc all = hm_group_join<R, G>(R::join(R::join(a[0], a[1]), R::join(a[2], a[3])));
+    const typename R::acc mine = thread_part<R, G>(p, base, begin + t, end);
+    const typename R::acc all = hm_group_join<R, G>(mine);
     if (here && t == 0) keep_or_finish<R>(p, k, chunk, all);
   }
 }
 
 /* 32 columns of one chunk by a block of 32 x 8. */
-template <class R> static __global__ void __launch_bounds__(HM_BLOCK) reduce_columns(plan p) {
+template <class R> static __global__ void __launch_bounds__(HM_BLOCK, 2) reduce_columns(plan p) {
   HM_SHARED(typename R::acc, part, [HM_WARPS][HM_WARP]);
   const int64_t tiles = p.by_tiles.size, units = p.outer * tiles * p.n_chunks;
   const int lane = (int)threadIdx.x % HM_WARP, warp = (int)threadIdx.x / HM_WARP;
@@ -213,17 +236,7 @@ template <class R> static __global__ void __launch_bounds__(HM_BLOCK) reduce_col
     const int64_t begin = chunk * p.chunk, limit = begin + p.chunk, end = limit < p.n_red ? limit : p.n_red;
     const bool here = c < p.cols;
     const int64_t base = here ? offset_of(p.kept, 0, k) : 0;
-    typename R::acc a[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) a[j] = R::identity();
-    int64_t r = here ? begin + warp : end;
-    for (; r + 3 * HM_WARPS < end; r += 4 * HM_WARPS) {
-#pragma unroll
-      for (int j = 0; j < 4; j++)
-        a[j] = R::join(a[j], R::load(p.x, p.dtype, base + offset_of(p.reduced, 0, r + j * HM_WARPS), r + j * HM_WARPS));
-    }
-    for (; r < end; r += HM_WARPS) a[0] = R::join(a[0], R::load(p.x, p.dtype, base + offset_of(p.reduced, 0, r), r));
-    part[warp][lane] = R::join(R::join(a[0], a[1]), R::join(a[2], a[3]));
+    part[warp][lane] = thread_part<R, HM_WARPS>(p, base, here ? begin + warp : end, end);
     HM_BARRIER();
     if (warp == 0 && here) {
       typename R::acc all = part[0][lane];
@@ -235,7 +248,7 @@ template <class R> static __global__ void __launch_bounds__(HM_BLOCK) reduce_col
 }
 
 /* Results from those of the chunks, in order: 32 results by a block of 32 x 8. */
-template <class R> static __global__ void __launch_bounds__(HM_BLOCK) reduce_chunks(plan p) {
+template <class R> static __global__ void __launch_bounds__(HM_BLOCK, 2) reduce_chunks(plan p) {
   HM_SHARED(typename R::acc, part, [HM_WARPS][HM_WARP]);
   const typename R::acc *partial = static_cast<const typename R::acc *>(p.partial);
   const int lane = (int)threadIdx.x % HM_WARP, warp = (int)threadIdx.x / HM_WARP;

@@ -15,6 +15,7 @@
 
 /* Threads of a block where nothing else is said, and most blocks of a grid: kernels stride over the rest. */
 enum { HM_BLOCK = 256, HM_MAX_BLOCKS = 4096 };
+/* Kernels are declared with __launch_bounds__(HM_BLOCK, 2): left alone, ptxas spills a register or two to fit one more block on a multiprocessor. */
 
 /* Elements of one launch at most.  (Tests build with a small one.) */
 #ifndef HM_CUDA_PIECE
@@ -147,6 +148,35 @@ template <class T> HM_DEV T hm_load(const void *data, int dtype, int64_t at) {
   default: hm_number(&x, (int64_t)(static_cast<const uint8_t *>(data)[at] != 0)); break;
   }
   return x;
+}
+
+/* N elements of an array; the dtype is looked at once, so that the loads run side by side. */
+template <int N, class T> HM_DEV void hm_load_many(const void *data, int dtype, const int64_t *at, T *x) {
+#define HM_LOADS(expression)                                                                                           \
+  for (int i = 0; i < N; i++) hm_number(&x[i], (expression))
+  switch (dtype) {
+  case HM_F32:
+#pragma unroll
+    HM_LOADS(static_cast<const float *>(data)[at[i]]);
+    break;
+  case HM_F16:
+#pragma unroll
+    HM_LOADS(hm_dev_f16_to_f32(static_cast<const uint16_t *>(data)[at[i]]));
+    break;
+  case HM_BF16:
+#pragma unroll
+    HM_LOADS(hm_dev_bf16_to_f32(static_cast<const uint16_t *>(data)[at[i]]));
+    break;
+  case HM_F64:
+#pragma unroll
+    HM_LOADS(static_cast<const double *>(data)[at[i]]);
+    break;
+  default:
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = hm_load<T>(data, dtype, at[i]);
+    break;
+  }
+#undef HM_LOADS
 }
 
 HM_DEV uint16_t hm_to_f16(float x) { return hm_dev_f32_to_f16(x); }

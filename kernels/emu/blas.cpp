@@ -27,10 +27,10 @@ namespace {
 struct product {
   const char *name;
   int64_t m, n, k, batch;
-  matrix a, b;       /* op(A), op(B): transposition is in the strides */
+  matrix a, b; /* op(A), op(B): transposition is in the strides */
   int64_t stride_a, stride_b, stride_c, stride_d;
   rounding how;
-  bool wide;         /* double */
+  bool wide; /* double */
   bool device_scalars;
   const void *alpha, *beta;
   finish out;
@@ -38,7 +38,7 @@ struct product {
   void *sum_a, *sum_b; /* bias gradients from the inputs */
 };
 
-std::set<const void *> handles; /* of both libraries */
+auto &handles = *new std::set<const void *>; /* of both libraries */
 
 /* Entry of a call: a status that ends it, or CUBLAS_STATUS_SUCCESS. */
 cublasStatus_t begin(const call &entered, const void *handle, bool allocates = false) {
@@ -60,7 +60,8 @@ size_t size_of(cudaDataType type) {
 /* ====== Checks ====== */
 
 /* The matrix, batch times, lies in live device memory. */
-bool matrix_is_there(const char *name, const char *which, const matrix &m, int64_t rows, int64_t columns, int64_t batch, int64_t stride) {
+bool matrix_is_there(const char *name, const char *which, const matrix &m, int64_t rows, int64_t columns, int64_t batch,
+                     int64_t stride) {
   const size_t size = size_of(m.type);
   const int64_t last = (rows - 1) * m.row + (columns - 1) * m.column + (batch - 1) * stride + 1;
   if ((uintptr_t)m.data % size) {
@@ -79,16 +80,20 @@ bool vector_is_there(const char *name, const char *which, const void *p, cudaDat
 }
 
 /* Combinations of element types and arithmetic that cuBLAS has. */
-cublasStatus_t check_types(const char *name, cudaDataType a, cudaDataType b, cudaDataType c, cublasComputeType_t compute) {
-  const bool fast = compute == CUBLAS_COMPUTE_32F_FAST_16F || compute == CUBLAS_COMPUTE_32F_FAST_16BF || compute == CUBLAS_COMPUTE_32F_FAST_TF32;
+cublasStatus_t check_types(const char *name, cudaDataType a, cudaDataType b, cudaDataType c,
+                           cublasComputeType_t compute) {
+  const bool fast = compute == CUBLAS_COMPUTE_32F_FAST_16F || compute == CUBLAS_COMPUTE_32F_FAST_16BF ||
+                    compute == CUBLAS_COMPUTE_32F_FAST_TF32;
   const bool half = a == CUDA_R_16F || a == CUDA_R_16BF;
   bool good = false;
   if (compute == CUBLAS_COMPUTE_32F || compute == CUBLAS_COMPUTE_32F_PEDANTIC)
     good = a == b && ((a == CUDA_R_32F && c == a) || (half && (c == a || c == CUDA_R_32F)));
   else if (fast) good = a == CUDA_R_32F && b == a && c == a;
-  else if (compute == CUBLAS_COMPUTE_64F || compute == CUBLAS_COMPUTE_64F_PEDANTIC) good = a == CUDA_R_64F && b == a && c == a;
+  else if (compute == CUBLAS_COMPUTE_64F || compute == CUBLAS_COMPUTE_64F_PEDANTIC)
+    good = a == CUDA_R_64F && b == a && c == a;
   if (!good) {
-    report("%s: no product of types %d and %d into %d with compute type %d", name, (int)a, (int)b, (int)c, (int)compute);
+    report("%s: no product of types %d and %d into %d with compute type %d", name, (int)a, (int)b, (int)c,
+           (int)compute);
     return CUBLAS_STATUS_NOT_SUPPORTED;
   }
   const char *const capability = getenv("HALFMOON_EMU_CC");
@@ -169,7 +174,8 @@ cublasStatus_t submit(product p, cudaStream_t stream) {
     p.out.beta = scalar(p.beta, p.wide);
   }
   const bool reads_c = p.device_scalars || p.out.beta != 0;
-  if ((p.k && (!matrix_is_there(p.name, "A", p.a, p.m, p.k, p.batch, p.stride_a) || !matrix_is_there(p.name, "B", p.b, p.k, p.n, p.batch, p.stride_b))) ||
+  if ((p.k && (!matrix_is_there(p.name, "A", p.a, p.m, p.k, p.batch, p.stride_a) ||
+               !matrix_is_there(p.name, "B", p.b, p.k, p.n, p.batch, p.stride_b))) ||
       (reads_c && !matrix_is_there(p.name, "C", p.out.c, p.m, p.n, p.batch, p.stride_c)) ||
       !matrix_is_there(p.name, "the result", p.out.d, p.m, p.n, p.batch, p.stride_d))
     return CUBLAS_STATUS_INVALID_VALUE;
@@ -230,7 +236,8 @@ cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void *workspace, siz
   BEGIN("cublasSetWorkspace");
   if (!workspaceSizeInBytes) return CUBLAS_STATUS_SUCCESS;
   if ((uintptr_t)workspace % 256 || !block_with(workspace, workspaceSizeInBytes)) {
-    report("cublasSetWorkspace: not 256-byte aligned, or outside every live allocation: %s", describe(workspace, workspaceSizeInBytes).c_str());
+    report("cublasSetWorkspace: not 256-byte aligned, or outside every live allocation: %s",
+           describe(workspace, workspaceSizeInBytes).c_str());
     return CUBLAS_STATUS_INVALID_VALUE;
   }
   return CUBLAS_STATUS_SUCCESS;
@@ -283,16 +290,17 @@ const char *cublasGetStatusString(cublasStatus_t status) { return cublasGetStatu
 
 /* ====== cuBLAS: products ====== */
 
-static cublasStatus_t gemm(const char *name, cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
-                           const void *alpha, const void *a, cudaDataType at, int lda, long long sa, const void *b, cudaDataType bt, int ldb,
-                           long long sb, const void *beta, void *c, cudaDataType ct, int ldc, long long sc, int batch,
-                           cublasComputeType_t compute) {
+static cublasStatus_t gemm(const char *name, cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
+                           int n, int k, const void *alpha, const void *a, cudaDataType at, int lda, long long sa,
+                           const void *b, cudaDataType bt, int ldb, long long sb, const void *beta, void *c,
+                           cudaDataType ct, int ldc, long long sc, int batch, cublasComputeType_t compute) {
   if (m < 0 || n < 0 || k < 0 || batch < 0 || (unsigned)ta > CUBLAS_OP_C || (unsigned)tb > CUBLAS_OP_C) {
     report("%s: a negative size, or an operation that is none", name);
     return CUBLAS_STATUS_INVALID_VALUE;
   }
   const bool na = ta == CUBLAS_OP_N, nb = tb == CUBLAS_OP_N;
-  if (bad_ld(name, "A", lda, na ? m : k) || bad_ld(name, "B", ldb, nb ? k : n) || bad_ld(name, "C", ldc, m)) return CUBLAS_STATUS_INVALID_VALUE;
+  if (bad_ld(name, "A", lda, na ? m : k) || bad_ld(name, "B", ldb, nb ? k : n) || bad_ld(name, "C", ldc, m))
+    return CUBLAS_STATUS_INVALID_VALUE;
   const cublasStatus_t bad = check_types(name, at, bt, ct, compute);
   if (bad) return bad;
   product p = {};
@@ -309,24 +317,30 @@ static cublasStatus_t gemm(const char *name, cublasHandle_t handle, cublasOperat
   return submit(p, handle->stream);
 }
 
-cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n, int k, const void *alpha,
-                            const void *A, cudaDataType Atype, int lda, const void *B, cudaDataType Btype, int ldb, const void *beta, void *C,
-                            cudaDataType Ctype, int ldc, cublasComputeType_t computeType, cublasGemmAlgo_t) {
+cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n,
+                            int k, const void *alpha, const void *A, cudaDataType Atype, int lda, const void *B,
+                            cudaDataType Btype, int ldb, const void *beta, void *C, cudaDataType Ctype, int ldc,
+                            cublasComputeType_t computeType, cublasGemmAlgo_t) {
   BEGIN("cublasGemmEx");
-  return gemm("cublasGemmEx", handle, transa, transb, m, n, k, alpha, A, Atype, lda, 0, B, Btype, ldb, 0, beta, C, Ctype, ldc, 0, 1, computeType);
+  return gemm("cublasGemmEx", handle, transa, transb, m, n, k, alpha, A, Atype, lda, 0, B, Btype, ldb, 0, beta, C,
+              Ctype, ldc, 0, 1, computeType);
 }
 
-cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n, int k,
-                                          const void *alpha, const void *A, cudaDataType Atype, int lda, long long int strideA, const void *B,
-                                          cudaDataType Btype, int ldb, long long int strideB, const void *beta, void *C, cudaDataType Ctype,
-                                          int ldc, long long int strideC, int batchCount, cublasComputeType_t computeType, cublasGemmAlgo_t) {
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb,
+                                          int m, int n, int k, const void *alpha, const void *A, cudaDataType Atype,
+                                          int lda, long long int strideA, const void *B, cudaDataType Btype, int ldb,
+                                          long long int strideB, const void *beta, void *C, cudaDataType Ctype, int ldc,
+                                          long long int strideC, int batchCount, cublasComputeType_t computeType,
+                                          cublasGemmAlgo_t) {
   BEGIN("cublasGemmStridedBatchedEx");
-  if (batchCount > 1 && strideC < (long long)ldc * (n - 1) + m) {
+  /* Results follow each other, or lie side by side within the columns. */
+  const bool apart = strideC >= (long long)ldc * (n - 1) + m || (strideC >= m && strideC * (batchCount - 1) + m <= ldc);
+  if (batchCount > 1 && !apart) {
     report("cublasGemmStridedBatchedEx: the results overlap: stride %lld", strideC);
     return CUBLAS_STATUS_INVALID_VALUE;
   }
-  return gemm("cublasGemmStridedBatchedEx", handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB, beta, C,
-              Ctype, ldc, strideC, batchCount, computeType);
+  return gemm("cublasGemmStridedBatchedEx", handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype,
+              ldb, strideB, beta, C, Ctype, ldc, strideC, batchCount, computeType);
 }
 
 /* ====== cublasLt: descriptors ====== */
@@ -352,7 +366,8 @@ struct preference {
   uint64_t workspace;
   uint32_t alignment[4];
 };
-static_assert(sizeof(description) <= sizeof(cublasLtMatmulDescOpaque_t) && sizeof(layout) <= sizeof(cublasLtMatrixLayoutOpaque_t) &&
+static_assert(sizeof(description) <= sizeof(cublasLtMatmulDescOpaque_t) &&
+                  sizeof(layout) <= sizeof(cublasLtMatrixLayoutOpaque_t) &&
                   sizeof(preference) <= sizeof(cublasLtMatmulPreferenceOpaque_t),
               "the toolkit's sizes are enough");
 
@@ -397,7 +412,8 @@ cublasStatus_t cublasLtDestroy(cublasLtHandle_t lightHandle) { return cublasDest
 
 size_t cublasLtGetVersion(void) { return 120000; }
 
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *matmulDesc, cublasComputeType_t computeType, cudaDataType_t scaleType) {
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *matmulDesc, cublasComputeType_t computeType,
+                                        cudaDataType_t scaleType) {
   description d = {};
   d.compute = computeType;
   d.scale = scaleType;
@@ -408,8 +424,8 @@ cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *matmulDesc, cublas
 
 cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t matmulDesc) { return unmake(matmulDesc); }
 
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t matmulDesc, cublasLtMatmulDescAttributes_t attr, const void *buf,
-                                              size_t sizeInBytes) {
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t matmulDesc, cublasLtMatmulDescAttributes_t attr,
+                                              const void *buf, size_t sizeInBytes) {
   if (!matmulDesc || !buf) return CUBLAS_STATUS_INVALID_VALUE;
   description *const d = (description *)(void *)matmulDesc;
   switch (attr) {
@@ -428,7 +444,8 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t matmulDesc, c
   }
 }
 
-cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *matLayout, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *matLayout, cudaDataType type, uint64_t rows,
+                                          uint64_t cols, int64_t ld) {
   layout l = {};
   l.rows = rows, l.columns = cols, l.ld = ld, l.type = type, l.batch = 1;
   return make("cublasLtMatrixLayoutCreate", matLayout, l);
@@ -436,8 +453,8 @@ cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *matLayout, cud
 
 cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t matLayout) { return unmake(matLayout); }
 
-cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t matLayout, cublasLtMatrixLayoutAttribute_t attr, const void *buf,
-                                                size_t sizeInBytes) {
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t matLayout, cublasLtMatrixLayoutAttribute_t attr,
+                                                const void *buf, size_t sizeInBytes) {
   if (!matLayout || !buf) return CUBLAS_STATUS_INVALID_VALUE;
   layout *const l = (layout *)(void *)matLayout;
   switch (attr) {
@@ -458,7 +475,8 @@ cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *pref) 
 
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t pref) { return unmake(pref); }
 
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t pref, cublasLtMatmulPreferenceAttributes_t attr, const void *buf,
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t pref,
+                                                    cublasLtMatmulPreferenceAttributes_t attr, const void *buf,
                                                     size_t sizeInBytes) {
   if (!pref || !buf) return CUBLAS_STATUS_INVALID_VALUE;
   preference *const p = (preference *)(void *)pref;
@@ -528,32 +546,38 @@ bool set_epilogue(product *p, const description &d, cudaDataType result) {
   if (e == CUBLASLT_EPILOGUE_BGRADB) p->sum_b = d.bias;
   if (e & 128) f.aux = d.aux;
   const bool uses_bias = e & (4 | 16 | 256 | 512);
-  if (uses_bias && !vector_is_there(p->name, "the bias", d.bias, f.bias_type, e == CUBLASLT_EPILOGUE_BGRADB ? p->n : p->m)) return false;
+  if (uses_bias &&
+      !vector_is_there(p->name, "the bias", d.bias, f.bias_type, e == CUBLASLT_EPILOGUE_BGRADB ? p->n : p->m))
+    return false;
   if (!(e & 128)) return true;
   const bool bits = f.act == ACT_RELU || f.act == ACT_DRELU;
   if (d.aux_ld < p->m || (bits && d.aux_ld % 128) || (!bits && d.aux_ld % 8)) {
-    report("%s: leading dimension of the auxiliary matrix is %lld: at least %lld, and a multiple of %d", p->name, (long long)d.aux_ld,
-           (long long)p->m, bits ? 128 : 8);
+    report("%s: leading dimension of the auxiliary matrix is %lld: at least %lld, and a multiple of %d", p->name,
+           (long long)d.aux_ld, (long long)p->m, bits ? 128 : 8);
     return false;
   }
-  const size_t bytes = bits ? (size_t)(d.aux_ld * p->n / 8) : (size_t)(d.aux_ld * (p->n - 1) + p->m) * size_of(f.aux_type);
+  const size_t bytes =
+      bits ? (size_t)(d.aux_ld * p->n / 8) : (size_t)(d.aux_ld * (p->n - 1) + p->m) * size_of(f.aux_type);
   if ((uintptr_t)d.aux % 16 || !block_with(d.aux, bytes)) {
-    report("%s: the auxiliary matrix is misaligned or outside every live allocation: %s", p->name, describe(d.aux, bytes).c_str());
+    report("%s: the auxiliary matrix is misaligned or outside every live allocation: %s", p->name,
+           describe(d.aux, bytes).c_str());
     return false;
   }
   return true;
 }
 
 /* Checks shapes and types of a matmul; fills the product but for the pointers' targets. */
-cublasStatus_t describe_matmul(product *p, const description &d, const layout &a, const layout &b, const layout &c, const layout &r) {
+cublasStatus_t describe_matmul(product *p, const description &d, const layout &a, const layout &b, const layout &c,
+                               const layout &r) {
   const bool ta = d.ta != CUBLAS_OP_N, tb = d.tb != CUBLAS_OP_N;
   p->m = (int64_t)r.rows, p->n = (int64_t)r.columns;
   p->k = (int64_t)(ta ? a.rows : a.columns);
   p->batch = r.batch;
-  if ((int64_t)(ta ? a.columns : a.rows) != p->m || (int64_t)(tb ? b.columns : b.rows) != p->k || (int64_t)(tb ? b.rows : b.columns) != p->n ||
-      c.rows != r.rows || c.columns != r.columns) {
-    report("%s: shapes do not fit: op(A) is %llux%llu, op(B) %llux%llu, D %llux%llu", p->name, (unsigned long long)(ta ? a.columns : a.rows),
-           (unsigned long long)p->k, (unsigned long long)(tb ? b.columns : b.rows), (unsigned long long)(tb ? b.rows : b.columns),
+  if ((int64_t)(ta ? a.columns : a.rows) != p->m || (int64_t)(tb ? b.columns : b.rows) != p->k ||
+      (int64_t)(tb ? b.rows : b.columns) != p->n || c.rows != r.rows || c.columns != r.columns) {
+    report("%s: shapes do not fit: op(A) is %llux%llu, op(B) %llux%llu, D %llux%llu", p->name,
+           (unsigned long long)(ta ? a.columns : a.rows), (unsigned long long)p->k,
+           (unsigned long long)(tb ? b.columns : b.rows), (unsigned long long)(tb ? b.rows : b.columns),
            (unsigned long long)r.rows, (unsigned long long)r.columns);
     return CUBLAS_STATUS_INVALID_VALUE;
   }
@@ -561,7 +585,8 @@ cublasStatus_t describe_matmul(product *p, const description &d, const layout &a
     report("%s: batch counts differ", p->name);
     return CUBLAS_STATUS_INVALID_VALUE;
   }
-  if (bad_layout(p->name, "A", a) || bad_layout(p->name, "B", b) || bad_layout(p->name, "C", c) || bad_layout(p->name, "D", r))
+  if (bad_layout(p->name, "A", a) || bad_layout(p->name, "B", b) || bad_layout(p->name, "C", c) ||
+      bad_layout(p->name, "D", r))
     return CUBLAS_STATUS_INVALID_VALUE;
   if (c.type != r.type || d.scale != (r.type == CUDA_R_64F ? CUDA_R_64F : CUDA_R_32F)) {
     report("%s: C and D differ in type, or the scale type is %d", p->name, (int)d.scale);
@@ -572,19 +597,23 @@ cublasStatus_t describe_matmul(product *p, const description &d, const layout &a
 
 } // namespace
 
-cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t lightHandle, cublasLtMatmulDesc_t operationDesc, cublasLtMatrixLayout_t Adesc,
-                                              cublasLtMatrixLayout_t Bdesc, cublasLtMatrixLayout_t Cdesc, cublasLtMatrixLayout_t Ddesc,
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t lightHandle, cublasLtMatmulDesc_t operationDesc,
+                                              cublasLtMatrixLayout_t Adesc, cublasLtMatrixLayout_t Bdesc,
+                                              cublasLtMatrixLayout_t Cdesc, cublasLtMatrixLayout_t Ddesc,
                                               cublasLtMatmulPreference_t preference, int requestedAlgoCount,
-                                              cublasLtMatmulHeuristicResult_t heuristicResultsArray[], int *returnAlgoCount) {
+                                              cublasLtMatmulHeuristicResult_t heuristicResultsArray[],
+                                              int *returnAlgoCount) {
   const void *const handle = lightHandle;
   BEGIN("cublasLtMatmulAlgoGetHeuristic");
-  if (!operationDesc || !Adesc || !Bdesc || !Cdesc || !Ddesc || !preference || requestedAlgoCount < 1 || !heuristicResultsArray || !returnAlgoCount)
+  if (!operationDesc || !Adesc || !Bdesc || !Cdesc || !Ddesc || !preference || requestedAlgoCount < 1 ||
+      !heuristicResultsArray || !returnAlgoCount)
     return CUBLAS_STATUS_INVALID_VALUE;
   *returnAlgoCount = 0;
   product p = {};
   p.name = "cublasLtMatmulAlgoGetHeuristic";
-  const cublasStatus_t bad = describe_matmul(&p, *(description *)(void *)operationDesc, *(layout *)(void *)Adesc, *(layout *)(void *)Bdesc,
-                                             *(layout *)(void *)Cdesc, *(layout *)(void *)Ddesc);
+  const cublasStatus_t bad =
+      describe_matmul(&p, *(description *)(void *)operationDesc, *(layout *)(void *)Adesc, *(layout *)(void *)Bdesc,
+                      *(layout *)(void *)Cdesc, *(layout *)(void *)Ddesc);
   if (bad) return bad;
   heuristicResultsArray[0] = cublasLtMatmulHeuristicResult_t{};
   heuristicResultsArray[0].algo.data[0] = 1;
@@ -593,21 +622,25 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t lightHandle, cubl
   return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t lightHandle, cublasLtMatmulDesc_t computeDesc, const void *alpha, const void *A,
-                              cublasLtMatrixLayout_t Adesc, const void *B, cublasLtMatrixLayout_t Bdesc, const void *beta, const void *C,
-                              cublasLtMatrixLayout_t Cdesc, void *D, cublasLtMatrixLayout_t Ddesc, const cublasLtMatmulAlgo_t *algo,
-                              void *workspace, size_t workspaceSizeInBytes, cudaStream_t stream) {
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t lightHandle, cublasLtMatmulDesc_t computeDesc, const void *alpha,
+                              const void *A, cublasLtMatrixLayout_t Adesc, const void *B, cublasLtMatrixLayout_t Bdesc,
+                              const void *beta, const void *C, cublasLtMatrixLayout_t Cdesc, void *D,
+                              cublasLtMatrixLayout_t Ddesc, const cublasLtMatmulAlgo_t *algo, void *workspace,
+                              size_t workspaceSizeInBytes, cudaStream_t stream) {
   const void *const handle = lightHandle;
   BEGIN("cublasLtMatmul");
-  if (!computeDesc || !Adesc || !Bdesc || !Cdesc || !Ddesc || (algo && algo->data[0] != 1)) return CUBLAS_STATUS_INVALID_VALUE;
+  if (!computeDesc || !Adesc || !Bdesc || !Cdesc || !Ddesc || (algo && algo->data[0] != 1))
+    return CUBLAS_STATUS_INVALID_VALUE;
   const description &d = *(description *)(void *)computeDesc;
-  const layout &a = *(layout *)(void *)Adesc, &b = *(layout *)(void *)Bdesc, &c = *(layout *)(void *)Cdesc, &r = *(layout *)(void *)Ddesc;
+  const layout &a = *(layout *)(void *)Adesc, &b = *(layout *)(void *)Bdesc, &c = *(layout *)(void *)Cdesc,
+               &r = *(layout *)(void *)Ddesc;
   product p = {};
   p.name = "cublasLtMatmul";
   const cublasStatus_t bad = describe_matmul(&p, d, a, b, c, r);
   if (bad) return bad;
   if (workspaceSizeInBytes && !block_with(workspace, workspaceSizeInBytes)) {
-    report("cublasLtMatmul: the workspace is outside every live allocation: %s", describe(workspace, workspaceSizeInBytes).c_str());
+    report("cublasLtMatmul: the workspace is outside every live allocation: %s",
+           describe(workspace, workspaceSizeInBytes).c_str());
     return CUBLAS_STATUS_INVALID_VALUE;
   }
   p.a = matrix_of(a, A, d.ta != CUBLAS_OP_N);

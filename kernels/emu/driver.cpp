@@ -31,8 +31,8 @@ namespace {
 
 typedef const entry *(*attach_function)(const services *, module_face *);
 
-std::set<CUmodule> modules;
-std::set<CUfunction> functions;
+auto &modules = *new std::set<CUmodule>;
+auto &functions = *new std::set<CUfunction>;
 char context; /* there is one, and its address is its handle */
 
 CUresult result_of(cudaError_t e) { return (CUresult)(int)e; }
@@ -96,7 +96,9 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev) {
 
 CUresult cuDevicePrimaryCtxRelease(CUdevice dev) { return dev ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS; }
 
-CUresult cuCtxSetCurrent(CUcontext ctx) { return !ctx || ctx == (CUcontext)&context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT; }
+CUresult cuCtxSetCurrent(CUcontext ctx) {
+  return !ctx || ctx == (CUcontext)&context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
+}
 
 CUresult cuCtxGetCurrent(CUcontext *pctx) {
   *pctx = (CUcontext)&context;
@@ -128,7 +130,9 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned int, CUjit_option *, void **) { return cuModuleLoadData(module, image); }
+CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned int, CUjit_option *, void **) {
+  return cuModuleLoadData(module, image);
+}
 
 CUresult cuModuleUnload(CUmodule hmod) {
   call entered("cuModuleUnload");
@@ -171,22 +175,34 @@ CUresult cuFuncGetAttribute(int *pi, CUfunction_attribute attrib, CUfunction hfu
 CUresult cuFuncSetAttribute(CUfunction hfunc, CUfunction_attribute attrib, int value) {
   ENTER("cuFuncSetAttribute");
   if (!functions.count(hfunc)) return CUDA_ERROR_INVALID_HANDLE;
-  if (attrib != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || value < 0 || value > SHARED_OPT_IN_LIMIT) return CUDA_ERROR_INVALID_VALUE;
+  if (attrib != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || value < 0 || value > SHARED_OPT_IN_LIMIT)
+    return CUDA_ERROR_INVALID_VALUE;
   allow_dynamic(hfunc->entry->kernel, (size_t)value);
   return CUDA_SUCCESS;
 }
 
-CUresult cuLaunchKernel(CUfunction f, unsigned int gridDimX, unsigned int gridDimY, unsigned int gridDimZ, unsigned int blockDimX,
-                        unsigned int blockDimY, unsigned int blockDimZ, unsigned int sharedMemBytes, CUstream hStream, void **kernelParams,
-                        void **extra) {
+CUresult cuLaunchKernel(CUfunction f, unsigned int gridDimX, unsigned int gridDimY, unsigned int gridDimZ,
+                        unsigned int blockDimX, unsigned int blockDimY, unsigned int blockDimZ,
+                        unsigned int sharedMemBytes, CUstream hStream, void **kernelParams, void **extra) {
   call entered("cuLaunchKernel");
   if (entered.error) return result_of(entered.error);
   if (!functions.count(f)) return CUDA_ERROR_INVALID_HANDLE;
   if (extra || (f->entry->parameters && !kernelParams)) return CUDA_ERROR_INVALID_VALUE;
   const module_face &face = f->module->face;
-  launch l = {f->entry->name,  f->entry->kernel, dim3(gridDimX, gridDimY, gridDimZ), dim3(blockDimX, blockDimY, blockDimZ), sharedMemBytes, {},
-              f->entry->call, &face.where, face.shared_begin, face.shared_end, 0, {}};
-  l.frame = std::shared_ptr<const void>(f->entry->pack(kernelParams, l.pointers, &l.n_pointers), [drop = f->entry->drop](const void *p) { drop((void *)p); });
+  launch l = {f->entry->name,
+              f->entry->kernel,
+              dim3(gridDimX, gridDimY, gridDimZ),
+              dim3(blockDimX, blockDimY, blockDimZ),
+              sharedMemBytes,
+              {},
+              f->entry->call,
+              &face.where,
+              face.shared_begin,
+              face.shared_end,
+              0,
+              {}};
+  l.frame = std::shared_ptr<const void>(f->entry->pack(kernelParams, l.pointers, &l.n_pointers),
+                                        [drop = f->entry->drop](const void *p) { drop((void *)p); });
   const cudaError_t e = enqueue(l, hStream);
   return e == cudaErrorInvalidConfiguration ? CUDA_ERROR_INVALID_VALUE : result_of(e);
 }
@@ -229,11 +245,12 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **funcPtr,
   if (!symbol || !funcPtr) return note(cudaErrorInvalidValue);
   static const std::map<std::string, void *> known = {
 #define X(name) {#name, (void *)name},
-      X(cuInit) X(cuDriverGetVersion) X(cuDeviceGet) X(cuDeviceGetCount) X(cuDevicePrimaryCtxRetain) X(cuCtxSetCurrent) X(cuCtxGetCurrent)
-          X(cuCtxSynchronize) X(cuModuleLoadData) X(cuModuleLoadDataEx) X(cuModuleUnload) X(cuModuleGetFunction) X(cuFuncGetAttribute)
-              X(cuFuncSetAttribute) X(cuLaunchKernel) X(cuGetErrorString) X(cuGetErrorName)
+      X(cuInit) X(cuDriverGetVersion) X(cuDeviceGet) X(cuDeviceGetCount) X(cuDevicePrimaryCtxRetain) X(cuCtxSetCurrent)
+          X(cuCtxGetCurrent) X(cuCtxSynchronize) X(cuModuleLoadData) X(cuModuleLoadDataEx) X(cuModuleUnload)
+              X(cuModuleGetFunction) X(cuFuncGetAttribute) X(cuFuncSetAttribute) X(cuLaunchKernel) X(cuGetErrorString)
+                  X(cuGetErrorName)
 #undef X
-                  {"cuDevicePrimaryCtxRelease", (void *)cuDevicePrimaryCtxRelease}};
+                      {"cuDevicePrimaryCtxRelease", (void *)cuDevicePrimaryCtxRelease}};
   const auto i = known.find(symbol);
   *funcPtr = i == known.end() ? nullptr : i->second;
   if (driverStatus) *driverStatus = i == known.end() ? cudaDriverEntryPointSymbolNotFound : cudaDriverEntryPointSuccess;

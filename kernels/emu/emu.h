@@ -35,8 +35,8 @@ namespace hm_emu {
 /* ====== fiber.cpp ====== */
 
 struct fiber {
-  void *sp;          /* saved stack pointer, or the ucontext */
-  char *stack;       /* lowest usable byte; below it lies a guard page */
+  void *sp;    /* saved stack pointer, or the ucontext */
+  char *stack; /* lowest usable byte; below it lies a guard page */
   size_t bytes;
   void *asan, *tsan; /* the sanitizers' own handles */
 };
@@ -87,8 +87,9 @@ struct pool;
 struct block { /* one allocation of device memory */
   uintptr_t begin, end;
   uintptr_t page_begin, page_end;
-  pool *from;  /* NULL: cudaMalloc */
-  bool open;   /* readable now */
+  pool *from;          /* NULL: cudaMalloc */
+  uintptr_t low, high; /* between these, pages were opened; equal: all is closed */
+  block *next_open;
   bool freeing; /* cudaFreeAsync was called, has not run */
 };
 
@@ -143,7 +144,7 @@ struct call {
   explicit call(const char *name);
   ~call();
   call(const call &) = delete;
-  bool injected; /* this call was told to fail */
+  bool injected;     /* this call was told to fail */
   cudaError_t error; /* what it must return at once, unless cudaSuccess */
 };
 

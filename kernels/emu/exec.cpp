@@ -61,12 +61,12 @@ struct array { /* a shared array of the running block */
 };
 
 /* The running kernel. */
-struct {
+struct execution {
   const launch *what;
   const indices *where;
   std::vector<thread> threads;
-  std::vector<int> start;  /* order in which threads start */
-  std::vector<int> ready;  /* ring: threads that may go on */
+  std::vector<int> start; /* order in which threads start */
+  std::vector<int> ready; /* ring: threads that may go on */
   size_t ready_head, n_ready;
   std::vector<std::vector<rendezvous *>> meetings; /* by warp: not complete yet */
   int n, next, done, at_barrier, current;
@@ -79,13 +79,14 @@ struct {
   bool aborted;
   std::vector<array> arrays;
   size_t shared_top, shared_bytes;
-} K;
+};
+execution &K = *new execution(); /* like the rest, never destroyed */
 
-std::vector<fiber *> idle, all_fibers;
-std::vector<rendezvous *> spare_meetings;
+auto &idle = *new std::vector<fiber *>, &all_fibers = *new std::vector<fiber *>;
+auto &spare_meetings = *new std::vector<rendezvous *>;
 unsigned char *shared_base; /* SHARED_BYTES between guard pages */
 const size_t SHARED_BYTES = 512u << 10;
-std::map<const void *, size_t> opted_in;
+auto &opted_in = *new std::map<const void *, size_t>;
 char start_point, end_point, barrier_point[2]; /* ThreadSanitizer's names for what orders threads */
 
 const indices own_indices = {&threadIdx, &blockIdx, &blockDim, &gridDim, &hm_emu_epoch};
@@ -168,8 +169,17 @@ void wait(void) {
 
 /* ====== Shared memory ====== */
 
+/* memset, unseen by ThreadSanitizer: what the scheduler writes is no access of the thread on whose fiber it runs. */
+void fill(unsigned char *p, unsigned char byte, size_t bytes) {
+#if HM_EMU_TSAN
+  for (size_t i = 0; i < bytes; i++) ((volatile unsigned char *)p)[i] = byte;
+#else
+  memset(p, byte, bytes);
+#endif
+}
+
 void fill_canary(unsigned char *p, size_t bytes) {
-  for (size_t i = 0; i + 2 <= bytes; i += 2) memcpy(p + i, &CANARY, 2);
+  for (size_t i = 0; i + 2 <= bytes; i += 2) *(volatile uint16_t *)(p + i) = CANARY;
 #if HM_EMU_ASAN
   __asan_poison_memory_region(p, bytes);
 #endif
@@ -185,12 +195,13 @@ const unsigned char *redzone_image(void) {
 
 /* Lays an array of `bytes` down behind the others, filled with NaN, with a redzone after it. */
 unsigned char *lay_array(size_t bytes, size_t align, const char *name) {
-  const size_t offset = (K.shared_top + std::max(align, (size_t)16) - 1) / std::max(align, (size_t)16) * std::max(align, (size_t)16);
+  const size_t offset =
+      (K.shared_top + std::max(align, (size_t)16) - 1) / std::max(align, (size_t)16) * std::max(align, (size_t)16);
   unsigned char *const p = shared_base + offset;
 #if HM_EMU_ASAN
   __asan_unpoison_memory_region(p, bytes);
 #endif
-  memset(p, 0xff, bytes);
+  fill(p, 0xff, bytes);
   fill_canary(p + bytes, REDZONE);
   K.arrays.push_back({offset, bytes, name});
   K.shared_top = offset + bytes + REDZONE;
@@ -198,6 +209,9 @@ unsigned char *lay_array(size_t bytes, size_t align, const char *name) {
 }
 
 void lay_first_redzone(void) {
+#if HM_EMU_ASAN
+  if (K.shared_top) __asan_unpoison_memory_region(shared_base, K.shared_top);
+#endif
   K.arrays.clear();
   fill_canary(shared_base, REDZONE);
   K.shared_top = REDZONE;
@@ -205,7 +219,7 @@ void lay_first_redzone(void) {
 
 /* Has the running thread, or one before it, written past a shared array? */
 void check_redzones(void) {
-  if (HM_EMU_ASAN || K.arrays.empty()) return;
+  if (HM_EMU_ASAN || HM_EMU_TSAN || K.arrays.empty()) return;
   const unsigned char *const image = redzone_image();
   bool bad = memcmp(shared_base, image, REDZONE) != 0;
   for (const array &a : K.arrays) bad |= memcmp(shared_base + a.offset + a.bytes, image, REDZONE) != 0;
@@ -214,10 +228,12 @@ void check_redzones(void) {
     const unsigned char *const end = shared_base + a.offset + a.bytes;
     for (size_t i = 0; i < REDZONE; i++)
       if (end[i] != image[i])
-        violate(cudaErrorIllegalAddress, "out-of-bounds shared access: wrote %zu bytes past the end of '%s' (%zu bytes)", i & ~(size_t)1,
-                a.name, a.bytes);
+        violate(cudaErrorIllegalAddress,
+                "out-of-bounds shared access: wrote %zu bytes past the end of '%s' (%zu bytes)", i & ~(size_t)1, a.name,
+                a.bytes);
   }
-  violate(cudaErrorIllegalAddress, "out-of-bounds shared access: wrote before the first shared array, '%s'", K.arrays[0].name);
+  violate(cudaErrorIllegalAddress, "out-of-bounds shared access: wrote before the first shared array, '%s'",
+          K.arrays[0].name);
 }
 
 void make_shared(slot *s, const char *name) {
@@ -226,9 +242,11 @@ void make_shared(slot *s, const char *name) {
   if (fixed > SHARED_STATIC_LIMIT)
     violate(cudaErrorLaunchFailure, "%zu bytes of static shared memory with '%s': 48 KiB is the limit", fixed, name);
   if (K.shared_bytes > std::max((size_t)SHARED_STATIC_LIMIT, allowed_dynamic(K.what->kernel)))
-    violate(cudaErrorLaunchFailure, "%zu bytes of shared memory with '%s': more than 48 KiB needs cudaFuncSetAttribute", K.shared_bytes, name);
+    violate(cudaErrorLaunchFailure, "%zu bytes of shared memory with '%s': more than 48 KiB needs cudaFuncSetAttribute",
+            K.shared_bytes, name);
   s->data = lay_array(s->bytes, s->align, name);
   s->epoch = *K.where->epoch;
+  __tsan_release(s);
 }
 
 unsigned char *dynamic_shared(void) {
@@ -260,11 +278,12 @@ const vote *barrier(int id, const char *file, int line, int predicate) {
   if (K.at_barrier) {
     const thread *const other = first_at_barrier();
     if (other->id != id || other->line != line || (other->file != file && strcmp(other->file, file) != 0))
-      violate(cudaErrorLaunchFailure, "divergent barrier: this thread waits at %s:%d, thread (%u,%u,%u) at %s:%d", file, line, other->index.x,
-              other->index.y, other->index.z, other->file, other->line);
+      violate(cudaErrorLaunchFailure, "divergent barrier: this thread waits at %s:%d, thread (%u,%u,%u) at %s:%d", file,
+              line, other->index.x, other->index.y, other->index.z, other->file, other->line);
   }
   if (K.done)
-    violate(cudaErrorLaunchFailure, "return before barrier: %d threads of the block ended before the barrier at %s:%d", K.done, file, line);
+    violate(cudaErrorLaunchFailure, "return before barrier: %d threads of the block ended before the barrier at %s:%d",
+            K.done, file, line);
   thread &me = K.threads[K.current];
   me.now = AT_BARRIER;
   me.id = id;
@@ -286,8 +305,8 @@ const vote *barrier(int id, const char *file, int line, int predicate) {
 rendezvous *open_meeting(int warp, uint32_t mask, const char *what, int id, const char *file, int line) {
   for (const rendezvous *r : K.meetings[warp])
     if (r->mask & mask)
-      violate(cudaErrorLaunchFailure, "%s at %s:%d: its mask %08x overlaps mask %08x of lanes that wait at %s:%d", what, file, line, mask, r->mask,
-              r->file, r->line);
+      violate(cudaErrorLaunchFailure, "%s at %s:%d: its mask %08x overlaps mask %08x of lanes that wait at %s:%d", what,
+              file, line, mask, r->mask, r->file, r->line);
   rendezvous *r;
   if (spare_meetings.empty()) {
     r = new rendezvous;
@@ -312,17 +331,20 @@ void check_lanes(int warp, uint32_t mask, const char *what, const char *file, in
     if (!(mask >> i & 1u)) continue;
     const int t = warp * 32 + i;
     if (t >= K.n)
-      violate(cudaErrorLaunchFailure, "missing lane: %s at %s:%d has lane %d in its mask %08x, but the block has %d threads", what, file, line, i,
-              mask, K.n);
+      violate(cudaErrorLaunchFailure,
+              "missing lane: %s at %s:%d has lane %d in its mask %08x, but the block has %d threads", what, file, line,
+              i, mask, K.n);
     if (K.threads[t].now == DONE)
-      violate(cudaErrorLaunchFailure, "missing lane: %s at %s:%d waits for lane %d of mask %08x, which has ended", what, file, line, i, mask);
+      violate(cudaErrorLaunchFailure, "missing lane: %s at %s:%d waits for lane %d of mask %08x, which has ended", what,
+              file, line, i, mask);
   }
 }
 
 rendezvous *meet(uint32_t mask, uint64_t value, const char *what, int id, const char *file, int line) {
   const int warp = K.current >> 5, lane_id = K.current & 31;
   if (!(mask >> lane_id & 1u))
-    violate(cudaErrorLaunchFailure, "%s at %s:%d: lane %d calls with mask %08x, which leaves it out", what, file, line, lane_id, mask);
+    violate(cudaErrorLaunchFailure, "%s at %s:%d: lane %d calls with mask %08x, which leaves it out", what, file, line,
+            lane_id, mask);
   rendezvous *r = nullptr;
   for (rendezvous *other : K.meetings[warp])
     if (other->mask == mask) r = other;
@@ -330,8 +352,9 @@ rendezvous *meet(uint32_t mask, uint64_t value, const char *what, int id, const 
     check_lanes(warp, mask, what, file, line);
     r = open_meeting(warp, mask, what, id, file, line);
   } else if (r->id != id || r->line != line) {
-    violate(cudaErrorLaunchFailure, "%s at %s:%d meets %s at %s:%d: all lanes of a mask must execute the same operation", what, file, line, r->what,
-            r->file, r->line);
+    violate(cudaErrorLaunchFailure,
+            "%s at %s:%d meets %s at %s:%d: all lanes of a mask must execute the same operation", what, file, line,
+            r->what, r->file, r->line);
   }
   r->value[lane_id] = value;
   r->arrived |= 1u << lane_id;
@@ -345,7 +368,8 @@ rendezvous *meet(uint32_t mask, uint64_t value, const char *what, int id, const 
   __tsan_release(r);
   if (r->arrived == mask) {
     std::vector<rendezvous *> &open = K.meetings[warp];
-    open.erase(std::find(open.begin(), open.end(), r));
+    *std::find(open.begin(), open.end(), r) = open.back();
+    open.pop_back();
     for (int i = 0; i < 32; i++) {
       const int k = K.how.kind == DESCENDING ? 31 - i : i;
       if (mask >> k & 1u) wake(warp * 32 + k);
@@ -360,7 +384,9 @@ void leave(rendezvous *r) {
   if (--r->left == 0 && !HM_EMU_TSAN) spare_meetings.push_back(r);
 }
 
-void complain(cudaError_t code, const char *what, const char *file, int line) { violate(code, "%s (%s:%d)", what, file, line); }
+void complain(cudaError_t code, const char *what, const char *file, int line) {
+  violate(code, "%s (%s:%d)", what, file, line);
+}
 
 const services own_services = {barrier, meet, leave, make_shared, dynamic_shared, complain};
 
@@ -373,13 +399,15 @@ void check_end(void) {
   K.done++;
   if (K.at_barrier) {
     const thread *const other = first_at_barrier();
-    violate(cudaErrorLaunchFailure, "return before barrier: this thread ended while %d threads wait at the barrier at %s:%d", K.at_barrier,
+    violate(cudaErrorLaunchFailure,
+            "return before barrier: this thread ended while %d threads wait at the barrier at %s:%d", K.at_barrier,
             other->file, other->line);
   }
   for (const rendezvous *r : K.meetings[K.current >> 5])
     if (r->mask >> (K.current & 31) & 1u)
-      violate(cudaErrorLaunchFailure, "missing lane: this thread ended while %s at %s:%d waits for lane %d of mask %08x", r->what, r->file, r->line,
-              K.current & 31, r->mask);
+      violate(cudaErrorLaunchFailure,
+              "missing lane: this thread ended while %s at %s:%d waits for lane %d of mask %08x", r->what, r->file,
+              r->line, K.current & 31, r->mask);
 }
 
 /* A fiber's life: runs threads one after the other. */
@@ -428,11 +456,13 @@ void check_deadlock(void) {
       if (!(stuck->mask >> i & 1u)) continue;
       const thread &lane_thread = K.threads[warp * 32 + i];
       if (lane_thread.now != AT_WARP || lane_thread.mask != stuck->mask)
-        violate(cudaErrorLaunchFailure, "missing lane: %s at %s:%d waits for lane %d of mask %08x, which waits at %s:%d", stuck->what, stuck->file,
-                stuck->line, i, stuck->mask, lane_thread.file, lane_thread.line);
+        violate(cudaErrorLaunchFailure,
+                "missing lane: %s at %s:%d waits for lane %d of mask %08x, which waits at %s:%d", stuck->what,
+                stuck->file, stuck->line, i, stuck->mask, lane_thread.file, lane_thread.line);
     }
   }
-  violate(cudaErrorLaunchFailure, "deadlock: %d of %d threads wait for ever, this one at %s:%d", K.n - K.done, K.n, stuck->file, stuck->line);
+  violate(cudaErrorLaunchFailure, "deadlock: %d of %d threads wait for ever, this one at %s:%d", K.n - K.done, K.n,
+          stuck->file, stuck->line);
 }
 
 void begin_block(uint64_t which) {
@@ -485,6 +515,11 @@ void prepare(const launch &what) {
     K.threads[i].index = uint3{u % what.block.x, u / what.block.x % what.block.y, u / what.block.x / what.block.y};
     K.start[i] = K.how.kind == DESCENDING ? K.n - 1 - i : i;
   }
+  for (auto &m : K.meetings)
+    m.reserve(32); /* nothing is to be moved while fibers run: ThreadSanitizer would take it for theirs */
+  K.arrays.reserve(256);
+  idle.reserve(1024);
+  all_fibers.reserve(1024);
   *K.where->block_dim = what.block;
   *K.where->grid_dim = what.grid;
   K.host = fiber{};
@@ -512,7 +547,8 @@ bool pointers_are_devices(const launch &what) {
   for (int i = 0; i < what.n_pointers; i++) {
     const void *const p = what.pointers[i].value;
     if (!p || is_device(p) || is_pinned(p, 1)) continue;
-    report("kernel %s: argument %d is a host pointer (%p), which the device cannot reach", what.name, what.pointers[i].index + 1, p);
+    report("kernel %s: argument %d is a host pointer (%p), which the device cannot reach", what.name,
+           what.pointers[i].index + 1, p);
     set_sticky(cudaErrorIllegalAddress);
     return false;
   }
@@ -567,8 +603,9 @@ cudaError_t check_launch(const launch &w) {
     return cudaErrorInvalidConfiguration;
   }
   if (w.dynamic > std::max((size_t)SHARED_STATIC_LIMIT, allowed_dynamic(w.kernel))) {
-    report("kernel %s: %zu bytes of dynamic shared memory: more than 48 KiB needs cudaFuncSetAttribute, 227 KiB is the end", w.name,
-           w.dynamic);
+    report(
+        "kernel %s: %zu bytes of dynamic shared memory: more than 48 KiB needs cudaFuncSetAttribute, 227 KiB is the end",
+        w.name, w.dynamic);
     return cudaErrorInvalidValue;
   }
   return cudaSuccess;
@@ -583,15 +620,15 @@ void run_kernel(const launch &what) {
     device_access access;
     const uint64_t blocks = (uint64_t)what.grid.x * what.grid.y * what.grid.z;
     uint64_t step = 1, first = 0;
-    if (K.how.kind == RANDOM && blocks > 1) { /* a walk with a step that has no factor in common with the number of blocks */
+    if (K.how.kind == RANDOM &&
+        blocks > 1) { /* a walk with a step that has no factor in common with the number of blocks */
       first = next_random() % blocks;
       for (step = next_random() % blocks | 1; std::__gcd(step, blocks) != 1;) step++;
     }
     for (uint64_t i = 0, which = first; i < blocks; i++, which = (which + step) % blocks)
       if (!run_block(K.how.kind == DESCENDING ? blocks - 1 - i : which)) break;
     __tsan_acquire(&end_point);
-  } catch (bool) {
-  }
+  } catch (bool) {}
   if (K.aborted) drop_fibers();
   K.what = nullptr;
   K.running = nullptr;

@@ -84,7 +84,8 @@ static void prepare(hm_emu::fiber *f, void (*entry)(void)) {
 namespace hm_emu {
 
 fiber *fiber_new(void (*entry)(void)) {
-  void *const m = mmap(nullptr, STACK + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void *const m =
+      mmap(nullptr, STACK + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (m == MAP_FAILED) return nullptr;
   mprotect(m, GUARD, PROT_NONE);
   fiber *const f = new fiber{nullptr, (char *)m + GUARD, STACK, nullptr, nullptr};

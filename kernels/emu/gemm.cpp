@@ -54,8 +54,8 @@ float round_input(float x, rounding how) {
 
 /* Copies a strip: to[l * width + i] = M(first + i, from_k + l) for i < width (0 beyond `have`), l < count.  rows: M's rows are the strip. */
 template <class T>
-void pack_strip(const matrix &m, int64_t first, int64_t have, int64_t from_k, int64_t count, int64_t step, int64_t step_k, int width,
-                rounding how, T *to) {
+void pack_strip(const matrix &m, int64_t first, int64_t have, int64_t from_k, int64_t count, int64_t step,
+                int64_t step_k, int width, rounding how, T *to) {
   const float *const halves = f16_table();
   for (int64_t i = 0; i < width; i++) {
     if (i >= have) {
@@ -71,7 +71,8 @@ void pack_strip(const matrix &m, int64_t first, int64_t have, int64_t from_k, in
       for (int64_t l = 0; l < count; l++) to[l * width + i] = halves[((const uint16_t *)m.data)[at + l * step_k]];
       break;
     case CUDA_R_16BF:
-      for (int64_t l = 0; l < count; l++) to[l * width + i] = hm_bf16_to_f32(((const uint16_t *)m.data)[at + l * step_k]);
+      for (int64_t l = 0; l < count; l++)
+        to[l * width + i] = hm_bf16_to_f32(((const uint16_t *)m.data)[at + l * step_k]);
       break;
     default:
       for (int64_t l = 0; l < count; l++) to[l * width + i] = ((const float *)m.data)[at + l * step_k];
@@ -88,7 +89,8 @@ template <class T> struct tile_of {
 };
 
 template <class T>
-__attribute__((always_inline)) inline void tile_body(const T *a, const T *b, int64_t count, T *acc, int64_t ld, int64_t rows, int64_t columns) {
+__attribute__((always_inline)) inline void tile_body(const T *a, const T *b, int64_t count, T *acc, int64_t ld,
+                                                     int64_t rows, int64_t columns) {
   typedef typename tile_of<T>::vector vector;
   enum { LANES = tile_of<T>::LANES, ROWS = tile_of<T>::ROWS };
   vector sum[TILE_N][2] = {};
@@ -125,23 +127,26 @@ __attribute__((always_inline)) inline void tile_body(const T *a, const T *b, int
 #define HM_EMU_CLONES
 #endif
 
-HM_EMU_CLONES void tile(const float *a, const float *b, int64_t count, float *acc, int64_t ld, int64_t rows, int64_t columns) {
+HM_EMU_CLONES void tile(const float *a, const float *b, int64_t count, float *acc, int64_t ld, int64_t rows,
+                        int64_t columns) {
   tile_body<float>(a, b, count, acc, ld, rows, columns);
 }
-HM_EMU_CLONES void tile(const double *a, const double *b, int64_t count, double *acc, int64_t ld, int64_t rows, int64_t columns) {
+HM_EMU_CLONES void tile(const double *a, const double *b, int64_t count, double *acc, int64_t ld, int64_t rows,
+                        int64_t columns) {
   tile_body<double>(a, b, count, acc, ld, rows, columns);
 }
 
 /* Adds the product of one block to acc: rows [i0, i0 + mb), columns [j0, j0 + nb), count steps of k. */
-template <class T>
-void block(const T *a, const T *b, int64_t mb, int64_t nb, int64_t count, T *acc, int64_t ld) {
+template <class T> void block(const T *a, const T *b, int64_t mb, int64_t nb, int64_t count, T *acc, int64_t ld) {
   enum { ROWS = tile_of<T>::ROWS };
   for (int64_t j = 0; j < nb; j += TILE_N)
     for (int64_t i = 0; i < mb; i += ROWS)
-      tile(a + i * count, b + j * count, count, acc + j * ld + i, ld, std::min<int64_t>(ROWS, mb - i), std::min<int64_t>(TILE_N, nb - j));
+      tile(a + i * count, b + j * count, count, acc + j * ld + i, ld, std::min<int64_t>(ROWS, mb - i),
+           std::min<int64_t>(TILE_N, nb - j));
 }
 
-template <class T> void multiply_as(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, rounding how, T *acc) {
+template <class T>
+void multiply_as(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, rounding how, T *acc) {
   enum { ROWS = tile_of<T>::ROWS };
   std::vector<T> left((BLOCK_M + ROWS) * BLOCK_K), right((BLOCK_N + TILE_N) * BLOCK_K);
   std::fill(acc, acc + m * n, (T)0);
@@ -153,7 +158,8 @@ template <class T> void multiply_as(int64_t m, int64_t n, int64_t k, const matri
         pack_strip(b, j + s, nb - s, l, kb, b.column, b.row, TILE_N, how, right.data() + s * kb);
       for (int64_t i = 0; i < m; i += BLOCK_M) {
         const int64_t mb = std::min<int64_t>(BLOCK_M, m - i);
-        for (int64_t s = 0; s < mb; s += ROWS) pack_strip(a, i + s, mb - s, l, kb, a.row, a.column, (int)ROWS, how, left.data() + s * kb);
+        for (int64_t s = 0; s < mb; s += ROWS)
+          pack_strip(a, i + s, mb - s, l, kb, a.row, a.column, (int)ROWS, how, left.data() + s * kb);
         block(left.data(), right.data(), mb, nb, kb, acc + j * m + i, m);
       }
     }
@@ -189,7 +195,9 @@ double activate(double x, const finish &f, int64_t at) {
 }
 
 /* Is there nothing to do but to convert? */
-bool is_plain(const finish &f) { return f.alpha == 1 && f.beta == 0 && f.act == ACT_NONE && !f.bias && !f.bias_gradient; }
+bool is_plain(const finish &f) {
+  return f.alpha == 1 && f.beta == 0 && f.act == ACT_NONE && !f.bias && !f.bias_gradient;
+}
 
 void convert_column(int64_t m, const float *from, const finish &f, int64_t j) {
   const int64_t at = j * f.d.column, step = f.d.row;

@@ -28,12 +28,12 @@ struct finish {
   double alpha, beta;
   matrix c, d; /* c is read if beta is not 0 */
   activation act;
-  const void *bias;     /* one for each row of D, or NULL */
+  const void *bias; /* one for each row of D, or NULL */
   cudaDataType bias_type;
-  void *aux;            /* what the activation saves, or its gradient reads; or NULL */
+  void *aux; /* what the activation saves, or its gradient reads; or NULL */
   cudaDataType aux_type;
-  int64_t aux_ld;       /* column-major; for relu one bit each */
-  void *bias_gradient;  /* sum of D's rows, or NULL */
+  int64_t aux_ld;      /* column-major; for relu one bit each */
+  void *bias_gradient; /* sum of D's rows, or NULL */
 };
 
 /* acc (column-major, m rows) = A (m x k) times B (k x n), summed over k in order, in float32; double for CUDA_R_64F (acc is then of doubles). */

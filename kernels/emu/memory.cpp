@@ -3,8 +3,8 @@
  *
  * Test double: it shows no speed, no memory model, no real cuBLAS.  Owns the arena, the list of allocations and the handler for memory faults.
  *
- * Every page of the arena is closed (PROT_NONE) while host code runs.  While a kernel, a copy or a matrix product runs, a block is opened when
- * it is first touched: the fault comes to on_fault(), which opens that block and lets the access go on.  All else is a violation: the host
+ * Every page of the arena is closed (PROT_NONE) while host code runs.  While a kernel, a copy or a matrix product runs, a block is opened where
+ * it is touched: the fault comes to on_fault(), which opens some pages of that block, more each time, and lets the access go on.  All else is a violation: the host
  * touching device memory (reported, then the process dies of it, as on a machine with a GPU), or a kernel touching what is not a live
  * allocation (an illegal address; the kernel ends and the context keeps the error).
  *
@@ -17,7 +17,6 @@
 #include <algorithm>
 #include <deque>
 #include <map>
-#include <vector>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -37,29 +36,43 @@ namespace {
 typedef std::map<uintptr_t, block> block_map; /* by page_begin */
 
 uintptr_t arena_begin, arena_end, cursor;
-size_t page, in_use; /* in_use: bytes that count against the device's memory */
-block_map blocks;
-std::vector<block *> opened;
-std::deque<std::pair<uintptr_t, uintptr_t>> freed; /* the latest, to name them in reports */
-int depth; /* of device_access */
+size_t page, in_use;                /* in_use: bytes that count against the device's memory */
+block_map &blocks = *new block_map; /* never destroyed: memory may be released while the process ends */
+block *opened;                      /* list by next_open: a handler of signals must not allocate */
+auto &freed = *new std::deque<std::pair<uintptr_t, uintptr_t>>; /* the latest, to name them in reports */
+int depth;                                                      /* of device_access */
 pthread_t holder;
 bool fenced;
 struct sigaction former[2]; /* of SIGSEGV, SIGBUS */
 
-enum { GAP = 64 << 10, ALIGN = 256 };
+enum { GAP = 64 << 10, ALIGN = 256, WINDOW = 64 << 10 };
 const uint16_t CANARY = 0xffad;
 
 uintptr_t round_up(uintptr_t n, uintptr_t to) { return (n + to - 1) / to * to; }
 
-void protect(const block &b, bool open) {
-  mprotect((void *)b.page_begin, b.page_end - b.page_begin, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+/* Opens pages of the block around an address: as many again as were open before, on the side where the address lies. */
+void open_window(block *b, uintptr_t a) {
+  const bool first = b->low == b->high;
+  const size_t want = std::max((size_t)WINDOW, (size_t)(b->high - b->low));
+  uintptr_t from = a / WINDOW * WINDOW, to = from + want;
+  if (!first && a < b->low) {
+    to = from + WINDOW;
+    from = to - want;
+  }
+  from = std::max(from, b->page_begin);
+  to = std::min(to, b->page_end);
+  mprotect((void *)from, to - from, PROT_READ | PROT_WRITE);
+  if (first) {
+    b->next_open = opened;
+    opened = b;
+  }
+  b->low = first ? from : std::min(b->low, from);
+  b->high = first ? to : std::max(b->high, to);
 }
 
-void open_block(block *b) {
-  if (b->open) return;
-  protect(*b, true);
-  b->open = true;
-  opened.push_back(b);
+void close_block(block *b) {
+  mprotect((void *)b->low, b->high - b->low, PROT_NONE);
+  b->low = b->high = 0;
 }
 
 /* ====== The bytes around an allocation ====== */
@@ -88,15 +101,18 @@ uintptr_t first_damage(uintptr_t from, uintptr_t to) {
 /* The pattern starts at an even address, whatever the size. */
 uintptr_t tail_of(const block &b) { return round_up(b.end, 2); }
 
+/* Looks where pages were opened. */
 void check_fences(block *b) {
-  const uintptr_t before = first_damage(b->page_begin, b->begin), after = first_damage(tail_of(*b), b->page_end);
+  const uintptr_t before = b->low == b->page_begin ? first_damage(b->page_begin, b->begin) : 0;
+  const uintptr_t after = b->high == b->page_end ? first_damage(tail_of(*b), b->page_end) : 0;
   if (!before && !after) return;
   const uintptr_t at = after ? after : before;
   report("kernel %s: out-of-bounds global access: wrote %zu bytes %s an allocation of %zu bytes", running_kernel(),
-         (size_t)(after ? at - b->end : b->begin - at), after ? "past the end of" : "before the start of", (size_t)(b->end - b->begin));
+         (size_t)(after ? at - b->end : b->begin - at), after ? "past the end of" : "before the start of",
+         (size_t)(b->end - b->begin));
   set_sticky(cudaErrorIllegalAddress);
-  fence_range(b->page_begin, b->begin, true);
-  fence_range(tail_of(*b), b->page_end, true);
+  if (before) fence_range(b->page_begin, b->begin, true);
+  if (after) fence_range(tail_of(*b), b->page_end, true);
 }
 
 /* ====== Faults ====== */
@@ -143,15 +159,14 @@ void on_fault(int number, siginfo_t *info, void *context) {
   if (device_side()) {
     if (ours) {
       block *const b = block_on_page(a);
-      if (b && !b->open) {
-        open_block(b);
+      if (b && fenced) {
+        open_window(b, a);
         return;
       }
     }
     if (in_kernel()) violate_address(info);
   }
-  if (ours)
-    report("host access to device memory: %s; copy it with cudaMemcpy", describe(info->si_addr, 0).c_str());
+  if (ours) report("host access to device memory: %s; copy it with cudaMemcpy", describe(info->si_addr, 0).c_str());
   pass_on(number, info, context);
 }
 
@@ -231,11 +246,15 @@ void *device_alloc(size_t bytes, pool *from) {
   b.end = b.begin + bytes;
   b.from = from;
   if (mprotect((void *)at, pages, PROT_READ | PROT_WRITE)) return nullptr;
+#ifdef MADV_POPULATE_WRITE
+  madvise((void *)at, pages, MADV_POPULATE_WRITE); /* all at once: a fault for each page costs more */
+#endif
   memset((void *)b.begin, 0xff, round_up(bytes, 2));
   fence_range(b.page_begin, b.begin, true);
   fence_range(HM_EMU_ASAN ? b.end : tail_of(b), b.page_end, true);
-  b.open = !fenced;
-  if (fenced) protect(b, false);
+  b.low = b.page_begin;
+  b.high = b.page_end;
+  if (fenced) close_block(&b);
   blocks[at] = b;
   in_use += bytes;
   stats.allocations++;
@@ -258,8 +277,7 @@ bool device_free(void *p) {
   if (!fenced) check_fences(b);
   fence_range(b->page_begin, b->page_end, false);
   madvise((void *)b->page_begin, b->page_end - b->page_begin, MADV_DONTNEED);
-  protect(*b, false);
-  opened.erase(std::remove(opened.begin(), opened.end(), b), opened.end());
+  mprotect((void *)b->page_begin, b->page_end - b->page_begin, PROT_NONE);
   freed.push_back({b->begin, b->end});
   if (freed.size() > 1000) freed.pop_front();
   in_use -= bytes;
@@ -291,20 +309,20 @@ std::string describe(const void *p, size_t bytes) {
   const block *const before = i == blocks.begin() ? nullptr : &std::prev(i)->second;
   for (const auto &range : freed) {
     if (a < range.first || a >= range.second) continue;
-    snprintf(text, sizeof text, "%s %p: in memory that was freed (%zu bytes)", what, p, (size_t)(range.second - range.first));
+    snprintf(text, sizeof text, "%s %p: in memory that was freed (%zu bytes)", what, p,
+             (size_t)(range.second - range.first));
     return text;
   }
   if (before && a >= before->begin && a < before->end)
     snprintf(text, sizeof text, "%s %p: byte %zu of an allocation of %zu bytes", what, p, (size_t)(a - before->begin),
              (size_t)(before->end - before->begin));
   else if (before && a - before->end < GAP)
-    snprintf(text, sizeof text, "%s %p: %zu bytes past the end of an allocation of %zu bytes", what, p, (size_t)(a - before->end),
-             (size_t)(before->end - before->begin));
+    snprintf(text, sizeof text, "%s %p: %zu bytes past the end of an allocation of %zu bytes", what, p,
+             (size_t)(a - before->end), (size_t)(before->end - before->begin));
   else if (after && after->begin - a < GAP)
-    snprintf(text, sizeof text, "%s %p: %zu bytes before an allocation of %zu bytes", what, p, (size_t)(after->begin - a),
-             (size_t)(after->end - after->begin));
-  else
-    snprintf(text, sizeof text, "%s %p: no live allocation is near", what, p);
+    snprintf(text, sizeof text, "%s %p: %zu bytes before an allocation of %zu bytes", what, p,
+             (size_t)(after->begin - a), (size_t)(after->end - after->begin));
+  else snprintf(text, sizeof text, "%s %p: no live allocation is near", what, p);
   return text;
 }
 
@@ -325,15 +343,13 @@ device_access::device_access() {
 }
 
 device_access::~device_access() {
-  if (--depth) return;
-  for (block *b : opened) {
-    check_fences(b);
-    if (fenced) {
-      protect(*b, false);
-      b->open = false;
+  if (depth == 1) {
+    for (; opened; opened = opened->next_open) {
+      check_fences(opened);
+      close_block(opened);
     }
   }
-  opened.clear();
+  depth--;
 }
 
 } // namespace hm_emu

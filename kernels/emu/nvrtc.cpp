@@ -31,7 +31,7 @@ namespace hm_emu {
 
 namespace {
 
-std::set<nvrtcProgram> programs;
+auto &programs = *new std::set<nvrtcProgram>;
 
 /* ====== Reading the source ====== */
 
@@ -130,7 +130,8 @@ std::string lowered(size_t i) { return "hm_emu_expression_" + std::to_string(i);
 
 /* The whole translation unit. */
 std::string unit_of(const nvrtcProgram p) {
-  static const std::regex dynamic("extern\\s+__shared__\\s+((?:[A-Za-z_]\\w*(?:\\s*\\([^)]*\\))?\\s+)*?)([A-Za-z_]\\w*)\\s*\\[\\s*\\]\\s*;");
+  static const std::regex dynamic(
+      "extern\\s+__shared__\\s+((?:[A-Za-z_]\\w*(?:\\s*\\([^)]*\\))?\\s+)*?)([A-Za-z_]\\w*)\\s*\\[\\s*\\]\\s*;");
   const std::string clean = without_noise(p->source);
   std::string body = p->source;
   std::smatch m;
@@ -145,15 +146,17 @@ std::string unit_of(const nvrtcProgram p) {
   body = changed + rest;
   std::string unit = "#define HM_EMU_MODULE_SOURCE 1\n#include \"emu_nvrtc.h\"\n#line 1 \"" + p->name + "\"\n" + body;
   unit += "\n#line 1 \"(table of kernels)\"\nstatic const hm_emu::entry hm_emu_kernels[] = {\n";
-  for (const std::string &name : c_kernels(clean)) unit += "  hm_emu::kernel_of<&::" + name + ">::make(\"" + name + "\"),\n";
+  for (const std::string &name : c_kernels(clean))
+    unit += "  hm_emu::kernel_of<&::" + name + ">::make(\"" + name + "\"),\n";
   for (size_t i = 0; i < p->expressions.size(); i++)
     unit += "  hm_emu::kernel_of<(" + p->expressions[i] + ")>::make(\"" + lowered(i) + "\"),\n";
-  unit += "  {}};\n"
-          "extern \"C\" __attribute__((visibility(\"default\"))) const hm_emu::entry *hm_emu_attach(const hm_emu::services *s, hm_emu::module_face *f) {\n"
-          "  hm_emu::table = s;\n"
-          "  *f = {{&threadIdx, &blockIdx, &blockDim, &gridDim, &hm_emu_epoch}, __start_hm_emu_shared, __stop_hm_emu_shared};\n"
-          "  return hm_emu_kernels;\n"
-          "}\n";
+  unit +=
+      "  {}};\n"
+      "extern \"C\" __attribute__((visibility(\"default\"))) const hm_emu::entry *hm_emu_attach(const hm_emu::services *s, hm_emu::module_face *f) {\n"
+      "  hm_emu::table = s;\n"
+      "  *f = {{&threadIdx, &blockIdx, &blockDim, &gridDim, &hm_emu_epoch}, __start_hm_emu_shared, __stop_hm_emu_shared};\n"
+      "  return hm_emu_kernels;\n"
+      "}\n";
   return unit;
 }
 
@@ -198,9 +201,26 @@ int run(const std::vector<std::string> &words, const std::string &messages) {
 
 /* An option of NVRTC's as the host's compiler has it; "" for those without a meaning here.  False: unknown. */
 bool translate_option(const std::string &o, std::vector<std::string> *to) {
-  static const char *const ignored[] = {"--gpu-architecture", "-arch", "--use_fast_math", "-use_fast_math", "--fmad", "-fmad", "--restrict", "-lineinfo",
-                                        "--generate-line-info", "--device-debug", "-G", "--extra-device-vectorization", "-default-device",
-                                        "--maxrregcount", "--ftz", "--prec-div", "--prec-sqrt", "-dopt", "--disable-warnings", "-w"};
+  static const char *const ignored[] = {"--gpu-architecture",
+                                        "-arch",
+                                        "--use_fast_math",
+                                        "-use_fast_math",
+                                        "--fmad",
+                                        "-fmad",
+                                        "--restrict",
+                                        "-lineinfo",
+                                        "--generate-line-info",
+                                        "--device-debug",
+                                        "-G",
+                                        "--extra-device-vectorization",
+                                        "-default-device",
+                                        "--maxrregcount",
+                                        "--ftz",
+                                        "--prec-div",
+                                        "--prec-sqrt",
+                                        "-dopt",
+                                        "--disable-warnings",
+                                        "-w"};
   if (o.compare(0, 2, "-D") == 0 || o.compare(0, 2, "-I") == 0 || o.compare(0, 2, "-U") == 0) {
     to->push_back(o);
     return true;
@@ -234,14 +254,26 @@ std::string nvrtc_style(const std::string &text) {
 
 nvrtcResult compile(nvrtcProgram p, const std::vector<std::string> &options, const std::string &folder) {
   for (const auto &h : p->headers)
-    if (h.first.find("..") != std::string::npos || h.first.find('/') != std::string::npos || !write_file(folder + "/" + h.first, h.second))
+    if (h.first.find("..") != std::string::npos || h.first.find('/') != std::string::npos ||
+        !write_file(folder + "/" + h.first, h.second))
       return NVRTC_ERROR_INVALID_INPUT;
   const std::string unit = folder + "/unit.cpp", object = folder + "/unit.so", messages = folder + "/messages";
   if (!write_file(unit, unit_of(p))) return NVRTC_ERROR_INTERNAL_ERROR;
   const char *const chosen = getenv("HALFMOON_EMU_CXX");
-  std::vector<std::string> words = {chosen && *chosen ? chosen : HM_EMU_CXX, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden",
-                                    "-fno-gnu-unique", "-ffp-contract=off", "-fno-math-errno", "-fdiagnostics-color=never", "-fno-diagnostics-show-caret", "-w",
-                                    "-I" + folder, "-I" HM_EMU_INCLUDE};
+  std::vector<std::string> words = {chosen && *chosen ? chosen : HM_EMU_CXX,
+                                    "-std=c++17",
+                                    "-O1",
+                                    "-fPIC",
+                                    "-shared",
+                                    "-fvisibility=hidden",
+                                    "-fno-gnu-unique",
+                                    "-ffp-contract=off",
+                                    "-fno-math-errno",
+                                    "-fdiagnostics-color=never",
+                                    "-fno-diagnostics-show-caret",
+                                    "-w",
+                                    "-I" + folder,
+                                    "-I" HM_EMU_INCLUDE};
   words.insert(words.end(), options.begin(), options.end());
   words.insert(words.end(), {unit, "-o", object});
   const int status = run(words, messages);
@@ -297,8 +329,8 @@ nvrtcResult nvrtcVersion(int *major, int *minor) {
   return NVRTC_SUCCESS;
 }
 
-nvrtcResult nvrtcCreateProgram(nvrtcProgram *prog, const char *src, const char *name, int numHeaders, const char *const *headers,
-                               const char *const *includeNames) {
+nvrtcResult nvrtcCreateProgram(nvrtcProgram *prog, const char *src, const char *name, int numHeaders,
+                               const char *const *headers, const char *const *includeNames) {
   call entered("nvrtcCreateProgram");
   if (entered.injected) return NVRTC_ERROR_PROGRAM_CREATION_FAILURE;
   if (!prog || !src || numHeaders < 0 || (numHeaders && (!headers || !includeNames))) return NVRTC_ERROR_INVALID_INPUT;

@@ -24,18 +24,19 @@ emu_stats stats;
 
 namespace {
 
-std::recursive_mutex lock;
+/* Nothing here is destroyed: releasing functions may be called while the process ends. */
+auto &lock = *new std::recursive_mutex;
 int call_depth;
 cudaError_t last_error, context_error;
-std::string last_report;
-std::map<std::string, uint64_t> launch_counts;
-std::map<uintptr_t, size_t> pinned;
+auto &last_report = *new std::string;
+auto &launch_counts = *new std::map<std::string, uint64_t>;
+auto &pinned = *new std::map<uintptr_t, size_t>;
 
 struct plan { /* the n-th call of `name` is to fail */
   std::string name;
   int left;
 };
-std::vector<plan> plans;
+auto &plans = *new std::vector<plan>;
 bool plans_read;
 
 void read_plans(void) {
@@ -61,7 +62,8 @@ bool planned(const char *name) {
 }
 
 cudaError_t failure_of(const std::string &name) {
-  if (name.find("Malloc") != std::string::npos || name.find("Alloc") != std::string::npos) return cudaErrorMemoryAllocation;
+  if (name.find("Malloc") != std::string::npos || name.find("Alloc") != std::string::npos)
+    return cudaErrorMemoryAllocation;
   return name == "launch" ? cudaErrorLaunchOutOfResources : cudaErrorUnknown;
 }
 
@@ -576,7 +578,9 @@ static bool end_is_good(const char *name, const void *p, size_t bytes, bool devi
 }
 
 static void count_copy(bool from_device, bool to_device, size_t bytes) {
-  uint64_t *const n = from_device && to_device ? &stats.copies_d2d : from_device ? &stats.copies_d2h : &stats.copies_h2d;
+  uint64_t *const n = from_device && to_device ? &stats.copies_d2d
+                      : from_device            ? &stats.copies_d2h
+                                               : &stats.copies_h2d;
   uint64_t *const b = from_device && to_device ? &stats.bytes_d2d : from_device ? &stats.bytes_d2h : &stats.bytes_h2d;
   if (!from_device && !to_device) return;
   ++*n;
@@ -595,7 +599,8 @@ static void run_copy(const char *name, void *dst, const void *src, size_t bytes)
   memmove(dst, src, bytes);
 }
 
-static cudaError_t copy(const char *name, void *dst, const void *src, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream, bool wait) {
+static cudaError_t copy(const char *name, void *dst, const void *src, size_t bytes, enum cudaMemcpyKind kind,
+                        cudaStream_t stream, bool wait) {
   if (!stream_exists(stream)) return note(cudaErrorInvalidResourceHandle);
   if (!bytes) return cudaSuccess;
   if ((unsigned)kind > cudaMemcpyDefault) return note(cudaErrorInvalidMemcpyDirection);
@@ -673,7 +678,8 @@ cudaError_t cudaFuncSetAttribute(const void *func, enum cudaFuncAttribute attr, 
 }
 
 /* By threads and shared memory alone: the double knows no registers. */
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *numBlocks, const void *func, int blockSize, size_t dynamicSMemSize) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *numBlocks, const void *func, int blockSize,
+                                                          size_t dynamicSMemSize) {
   ENTER("cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   if (!numBlocks || !func || blockSize < 1 || blockSize > 1024) return note(cudaErrorInvalidValue);
   int n = std::min(2048 / ((blockSize + 31) / 32 * 32), 32);

@@ -36,9 +36,9 @@ namespace hm_emu {
 
 namespace {
 
-CUstream_st null_stream = {{}, true, 0};
-std::vector<CUstream_st *> streams = {&null_stream};
-std::set<CUevent_st *> events;
+CUstream_st &null_stream = *new CUstream_st{{}, true, 0};
+auto &streams = *new std::vector<CUstream_st *>{&null_stream};
+auto &events = *new std::set<CUevent_st *>; /* nothing here is destroyed before the process is gone */
 uint64_t next_number = 1, clock_ticks;
 int next_serial = 1;
 uint64_t random_state = 1;
@@ -120,7 +120,8 @@ bool stream_exists(cudaStream_t stream) { return find(stream) != nullptr; }
 void drain(cudaStream_t stream) {
   CUstream_st *const s = find(stream);
   if (!s) return;
-  if (s == &null_stream) wait_for_default(s, next_number); /* waiting for the default stream is waiting for what it waits for */
+  if (s == &null_stream)
+    wait_for_default(s, next_number); /* waiting for the default stream is waiting for what it waits for */
   while (!s->queue.empty()) step(s);
 }
 

@@ -49,6 +49,7 @@ static int l_backward(lua_State *L) {
     return hb_error(L, "backward: expected [gradient][, options], got %d arguments", lua_gettop(L) - 1);
   const walk_options o = read_options(L, next, "backward", false);
   hb_callbacks_sweep(L, st);
+  hb_pressure_backward(L);
   hb_check(L, st, hm_backward(&root, &grad, 1, o.retain, o.create));
   return 0;
 }

@@ -211,6 +211,8 @@ int hb_protected_inside(lua_State *L, lua_CFunction fn, void *argument);
 
 /* ====== pressure.c ====== */
 void hb_pressure_install(void);
+/* Before a backward walk: frees the forward pass's temporaries, where collections are dear. */
+void hb_pressure_backward(lua_State *L);
 void hb_pressure_stats(int64_t *count, double *seconds);
 /* Monotonic seconds. */
 double hb_clock(void);
@@ -230,6 +232,7 @@ void hb_open_scaler(lua_State *L, hb_state *st);
 void hb_open_sandbox(lua_State *L, hb_state *st);
 void hb_open_files(lua_State *L, hb_state *st);
 void hb_open_sys(lua_State *L, hb_state *st);
+void hb_open_cuda(lua_State *L, hb_state *st);
 /* The optimizer at idx of a scaler's call. */
 hm_optim *hb_optim(lua_State *L, int idx, const char *who);
 /* Every live scaler forgets an optimizer that is about to go (called in its finalizer). */

@@ -9,6 +9,7 @@
  *
  * The function form runs its function with a guard in a to-be-closed slot: an error or a dead coroutine closes it.
  */
+#include <stdio.h>
 #include <string.h>
 
 #include "bind.h"
@@ -270,6 +271,28 @@ static bool read_region(lua_State *L, int idx, region *r, char *cls) {
   return any;
 }
 
+/* Is a device of CUDA in use? */
+static bool in_use(int device) {
+  hm_memory_stats s;
+  return hm_cuda_opened() && device <= hm_cuda_device_count() && hm_memory_get_stats(device, &s) == HM_OK && s.allocs > 0;
+}
+
+/* Holds a region's dtype against the GPUs in use: one without tensor cores gains nothing (a warning, once), one without bfloat16 cannot do it. */
+static void check_devices(lua_State *L, hb_state *st, const region *r) {
+  static bool warned;
+  for (int device = 1; r->enabled && in_use(device); device++) {
+    hb_check(L, st, hm_device_check_low(device, r->dtype));
+    const hm_device_info *info = hm_device_get_info(device);
+    if (!info || info->major >= 7 || warned) continue;
+    warned = true;
+    char text[320];
+    snprintf(text, sizeof text,
+             "halfmoon: autocast: %s (%s) has compute capability %d.%d: half precision saves memory there but no time; tensor cores came with 7.0",
+             hm_device_name(device), info->name, info->major, info->minor);
+    lua_warning(L, text, 0);
+  }
+}
+
 /* autocast([dtype | options][, fn, ...]) */
 static int l_autocast(lua_State *L) {
   hb_state *st = hb_enter(L);
@@ -287,6 +310,7 @@ static int l_autocast(lua_State *L) {
     return hb_error(L, "autocast: argument 1 must be a dtype, a table of options or a function, got %s", hb_came(L, 1));
   else fn = 1;
   check_region(L, &r);
+  check_devices(L, st, &r);
   if (fn == 1 && lua_type(L, 1) == LUA_TTABLE) lua_pop(L, 1); /* the metafield */
   check_function(L, fn, "autocast");
   guard *g = push_guard(L, st, KIND_AUTOCAST);

@@ -248,6 +248,7 @@ int luaopen_halfmoon_core(lua_State *L) {
   hb_open_sandbox(L, st);
   hb_open_files(L, st);
   hb_open_sys(L, st);
+  hb_open_cuda(L, st);
   lua_pushvalue(L, -1);
   hb_set_ref(L, st, HB_REF_MODULE);
   return 1;

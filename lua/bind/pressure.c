@@ -5,13 +5,15 @@
  * Core calls the hook on the mutator thread, outside its locks.  Collecting is a bet: a full collection costs time in
  * proportion to the Lua heap, and gives back the memory of tensors that nothing refers to.  The rule:
  *   - at least MIN_GROWTH bytes and MIN_SHARE of the live bytes were missed since the last useful collection;
- *   - all collections together, the one about to run included at its usual price, stay under BUDGET of the time since
- *   the module was opened;
+ *   - where a full collection costs less than DEAR, it is the best there is: nothing dead stays;
+ *   - where it costs more, the collector is set to generational mode, in which a young collection takes microseconds
+ *   whatever the heap holds, and finds what a training step drops.  What outlives two of them counts as old, so they
+ *   keep a distance of SPACING allocations: a temporary of a forward pass lives through one at most.  A full
+ *   collection follows if the young one gave back less than half of what was missed.  One more young collection runs
+ *   when backward begins: what the forward pass alone used is dead by then;
+ *   - all full collections together, the one about to run included at its usual price, stay under BUDGET of the time
+ *   since the module was opened, plus CREDIT for the start;
  *   - out of memory: always.
- * A single step comes first.  In generational mode that is a young collection, which costs next to nothing and finds
- * what a training step dropped; in incremental mode it finds little, and is then left out for a while.  A full
- * collection follows if the step gave back less than half
- * of what was missed.
  *
  * Never inside a finalizer (Lua refuses to collect there) or lua_Alloc (core is not called from there).
  */
@@ -22,15 +24,17 @@
 #define MIN_GROWTH ((int64_t)1 << 20)
 #define MIN_SHARE 0.02
 #define BUDGET 0.03
+#define CREDIT 0.25 /* seconds */
+#define DEAR 0.001  /* seconds */
+#define SPACING 8   /* tensor allocations */
 
 static struct {
   double opened;    /* clock when the module was opened */
-  double spent;     /* seconds in collections */
-  double full_cost; /* usual price of a full collection, and of a step */
-  double step_cost;
-  int64_t count;  /* collections */
-  int64_t missed; /* bytes since the last useful one */
-  int step_trust; /* below 0: steps found nothing lately, and that many hooks go by without one */
+  double spent;     /* seconds in full collections */
+  double full_cost; /* usual price of one */
+  int64_t count;    /* collections */
+  int64_t missed;   /* bytes since the last useful one */
+  int64_t young_at; /* tensor allocations served when the last young collection ran */
   bool busy;
 } pressure;
 
@@ -40,49 +44,77 @@ double hb_clock(void) {
   return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
+/* Seconds of this thread's processor time: what a collection costs, whatever else the machine does. */
+static double thread_clock(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
 void hb_pressure_stats(int64_t *count, double *seconds) {
   *count = pressure.count;
   *seconds = pressure.spent;
 }
 
-static int64_t live_bytes(void) {
+/* What is live and was served, on all devices together: a dead tensor on a GPU is found by the same collection. */
+static hm_memory_stats all_stats(void) {
   hm_memory_stats s = {0};
   hm_memory_get_stats(HM_CPU, &s);
-  return s.live;
+  for (int device = hm_cuda_opened() ? hm_cuda_device_count() : 0; device > 0; device--) {
+    hm_memory_stats more = {0};
+    hm_memory_get_stats(device, &more);
+    s.live += more.live;
+    s.allocs += more.allocs;
+  }
+  return s;
 }
 
-/* Runs one kind of collection (LUA_GCSTEP or LUA_GCCOLLECT), keeping the running coroutine and its modes.  Returns the
- * bytes that became free. */
-static int64_t collect(lua_State *L, int what, double *price) {
+/* Runs the collector (LUA_GCSTEP, LUA_GCGEN or LUA_GCCOLLECT), keeping the running coroutine and its modes.  Returns
+ * the seconds it took. */
+static double collect(lua_State *L, int what) {
   hm_mode *mode = hm_mode_current();
-  const int64_t live = live_bytes();
-  const double start = hb_clock();
-  lua_gc(L, what, 0);
+  const double start = thread_clock();
+  if (what == LUA_GCGEN) lua_gc(L, LUA_GCGEN, 0, 0);
+  else lua_gc(L, what, 0);
   if (hb_now.L != L) { /* a finalizer ran another coroutine */
     hb_enter_other(L);
     hm_mode_switch(mode);
   }
-  const double cost = hb_clock() - start;
-  pressure.spent += cost;
-  pressure.count++;
-  *price = *price == 0 ? cost : 0.5 * (*price + cost);
-  return live - live_bytes();
+  return thread_clock() - start;
 }
 
-static bool fits_budget(double price) { return pressure.spent + price < BUDGET * (hb_clock() - pressure.opened); }
+static void collect_all(lua_State *L) {
+  const double cost = collect(L, LUA_GCCOLLECT);
+  pressure.spent += cost;
+  pressure.count++;
+  pressure.full_cost = pressure.full_cost == 0 ? cost : 0.5 * (pressure.full_cost + cost);
+}
 
-/* One step, unless steps have been useless lately.  True if it gave back half of what was missed. */
-static bool try_step(lua_State *L) {
-  enum { TRUST = 4, PAUSE = 100 };
-  if (pressure.step_trust < 0) {
-    pressure.step_trust++;
-    return false;
+static bool fits_budget(double price) { return pressure.spent + price < CREDIT + BUDGET * (hb_clock() - pressure.opened); }
+
+/* A young collection, unless the last was just now.  Entering generational mode, at the first one, is a full collection
+ * too.  True if it gave back half of what was missed. */
+static bool collect_young(lua_State *L) {
+  const hm_memory_stats before = all_stats();
+  if (before.allocs - pressure.young_at < SPACING) return false;
+  pressure.young_at = before.allocs;
+  const double entered = collect(L, LUA_GCGEN); /* nothing, where it is the mode */
+  if (entered > DEAR) pressure.spent += entered;
+  collect(L, LUA_GCSTEP);
+  pressure.count++;
+  const bool useful = before.live - all_stats().live >= pressure.missed / 2;
+  if (!useful && fits_budget(pressure.full_cost)) {
+    collect_all(L);
+    return true;
   }
-  if (!fits_budget(pressure.step_cost)) return false;
-  const bool useful = collect(L, LUA_GCSTEP, &pressure.step_cost) >= pressure.missed / 2;
-  if (useful) pressure.step_trust = TRUST;
-  else if (--pressure.step_trust < 0) pressure.step_trust = -PAUSE;
   return useful;
+}
+
+void hb_pressure_backward(lua_State *L) {
+  if (pressure.busy || pressure.full_cost <= DEAR || !lua_gc(L, LUA_GCISRUNNING)) return;
+  pressure.busy = true;
+  collect_young(L);
+  pressure.busy = false;
 }
 
 static bool on_pressure(void *ud, size_t bytes, bool desperate) {
@@ -90,15 +122,18 @@ static bool on_pressure(void *ud, size_t bytes, bool desperate) {
   lua_State *L = hb_now.L;
   pressure.missed += (int64_t)bytes;
   if (!L || pressure.busy) return false;
-  if (!desperate && (pressure.missed < MIN_GROWTH || (double)pressure.missed < MIN_SHARE * (double)live_bytes() ||
+  if (!desperate && (pressure.missed < MIN_GROWTH || (double)pressure.missed < MIN_SHARE * (double)all_stats().live ||
                      !lua_gc(L, LUA_GCISRUNNING)))
     return false;
   pressure.busy = true;
-  bool done = !desperate && try_step(L);
-  if (desperate || (!done && fits_budget(pressure.full_cost))) {
-    collect(L, LUA_GCCOLLECT, &pressure.full_cost);
-    if (desperate) collect(L, LUA_GCCOLLECT, &pressure.full_cost); /* what finalizers let go */
-    done = true;
+  bool done = true;
+  if (desperate) {
+    collect_all(L);
+    collect_all(L); /* what finalizers let go */
+  } else if (pressure.full_cost <= DEAR && fits_budget(pressure.full_cost)) {
+    collect_all(L);
+  } else {
+    done = collect_young(L);
   }
   if (done) pressure.missed = 0;
   pressure.busy = false;

@@ -1,5 +1,5 @@
 --- init.lua -- what require "halfmoon" returns: tensors and functions from the C module, and nn, optim, amp, data,
---- autograd, cpu.
+--- autograd, cpu, cuda.
 --
 --     local hm = require "halfmoon"
 --     local x = hm.randn({2, 3}, {dtype = "f16"})
@@ -20,6 +20,7 @@ for name in ([[
   optim_new grad_norm grad_scale scaler_new sandbox autocast autocast_state cast_stats
   safetensors_save safetensors_load idx loader_new
   now isatty mtime term_width exists
+  cuda_count cuda_properties cuda_counters cuda_compile cuda_launch synchronize
   features devices lua_release memory_stats reset_peak trim collect_stats alloc_fail_at
 ]]):gmatch("%S+") do
   private[name] = true
@@ -35,7 +36,7 @@ hm.save = checkpoint.save
 --- hm.load(path [, {device =}]) -> what was saved, metadata | nil, message, code
 hm.load = checkpoint.load
 
-local submodules = {nn = true, optim = true, amp = true, data = true, autograd = true, cpu = true}
+local submodules = {nn = true, optim = true, amp = true, data = true, autograd = true, cpu = true, cuda = true}
 
 return setmetatable(hm, {
   __index = function(self, name)

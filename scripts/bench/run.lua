@@ -202,20 +202,20 @@ local function report_steps(rows)
   say("  fits the cache can beat the second part).  Share: floor / ours.  Loss: of the last step, the same step for both.")
 
   say("\nMemory of tensors in MB, without data")
-  out = {{"model", "dtype", "peak", "fixed", "the rest", "of f32's", "shadows", "PyTorch peak", "fixed", "the rest"}}
+  out = {{"model", "dtype", "peak", "fixed", "shadows", "the rest", "of f32's", "PyTorch peak", "fixed", "the rest"}}
   local f32 = {}
   for _, row in ipairs(rows) do
-    local rest = row.peak - row.fixed
+    local rest = row.peak - row.fixed - row.shadows
     if row.dtype == "f32" then f32[row.name] = rest end
     local p = row.best or {}
     out[#out + 1] = {
-      row.name, row.dtype, megabytes(row.peak), megabytes(row.fixed), megabytes(rest),
-      f32[row.name] and ("%.2f"):format(rest / f32[row.name]) or "-", megabytes(row.shadows),
+      row.name, row.dtype, megabytes(row.peak), megabytes(row.fixed), megabytes(row.shadows), megabytes(rest),
+      f32[row.name] and ("%.2f"):format(rest / f32[row.name]) or "-",
       megabytes(p.peak), megabytes(p.fixed), megabytes(p.peak and p.peak - p.fixed),
     }
   end
   print_table(2, out)
-  say("  fixed: parameters and optimizer state.  shadows: copies of weights in other dtypes and layouts, part of the rest.")
+  say("  fixed: parameters and optimizer state.  shadows: the parameters' copies in other dtypes and layouts.")
 
   for _, row in ipairs(rows) do
     for _, p in ipairs(row.peers) do

@@ -73,24 +73,27 @@ static double product_at(const matrix &a, bool ta, const matrix &b, bool tb, int
   return sum;
 }
 
-static double unit_of(cudaDataType t) { return t == CUDA_R_64F ? 1e-13 : t == CUDA_R_32F ? 1e-5 : t == CUDA_R_16F ? 1.0 / 1024 : 1.0 / 128; }
+static double unit_of(cudaDataType t) {
+  return t == CUDA_R_64F ? 1e-13 : t == CUDA_R_32F ? 1e-5 : t == CUDA_R_16F ? 1.0 / 1024 : 1.0 / 128;
+}
 
 static void verdict(const char *name, double worst) {
   if (worst < 1) printf("%s ok\n", name);
   else printf("%s is off by %g bounds\n", name, worst);
 }
 
-static void test_gemm(const char *name, int m, int n, int k, cudaDataType in, cudaDataType out, cublasComputeType_t compute, bool ta, bool tb,
-                      double beta, int batch) {
+static void test_gemm(const char *name, int m, int n, int k, cudaDataType in, cudaDataType out,
+                      cublasComputeType_t compute, bool ta, bool tb, double beta, int batch) {
   matrix a(ta ? k : m, ta ? m : k, in, 3, batch), b(tb ? n : k, tb ? k : n, in, 1, batch), c(m, n, out, 2, batch);
   const std::vector<double> before = c.value;
   const double alpha = 0.5;
   const float alphaf = 0.5f, betaf = (float)beta;
   const bool wide = in == CUDA_R_64F;
-  const cublasStatus_t s = cublasGemmStridedBatchedEx(
-      handle, ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k, wide ? (const void *)&alpha : &alphaf, a.data, in, a.ld,
-      (long long)a.ld * a.columns, b.data, in, b.ld, (long long)b.ld * b.columns, wide ? (const void *)&beta : &betaf, c.data, out, c.ld,
-      (long long)c.ld * n, batch, compute, CUBLAS_GEMM_DEFAULT);
+  const cublasStatus_t s =
+      cublasGemmStridedBatchedEx(handle, ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k,
+                                 wide ? (const void *)&alpha : &alphaf, a.data, in, a.ld, (long long)a.ld * a.columns,
+                                 b.data, in, b.ld, (long long)b.ld * b.columns, wide ? (const void *)&beta : &betaf,
+                                 c.data, out, c.ld, (long long)c.ld * n, batch, compute, CUBLAS_GEMM_DEFAULT);
   if (s) {
     printf("%s: %s\n", name, cublasGetStatusName(s));
     return;
@@ -113,7 +116,8 @@ static double gelu(double x) { return 0.5 * x * (1 + tanh(0.7978845608028654 * (
 static double gelu_slope(double x) { return (gelu(x + 1e-5) - gelu(x - 1e-5)) / 2e-5; }
 
 /* One product by cublasLt with an epilogue. */
-static cublasStatus_t matmul(const matrix &a, const matrix &b, const matrix &d, cublasLtEpilogue_t epilogue, void *bias, void *aux, int64_t aux_ld) {
+static cublasStatus_t matmul(const matrix &a, const matrix &b, const matrix &d, cublasLtEpilogue_t epilogue, void *bias,
+                             void *aux, int64_t aux_ld) {
   const float one = 1, zero = 0;
   const uint32_t number = epilogue;
   const uint64_t workspace = 0;
@@ -133,9 +137,11 @@ static cublasStatus_t matmul(const matrix &a, const matrix &b, const matrix &d, 
   cublasLtMatrixLayoutCreate(&lb, b.type, (uint64_t)b.rows, (uint64_t)b.columns, b.ld);
   cublasLtMatrixLayoutCreate(&ld, d.type, (uint64_t)d.rows, (uint64_t)d.columns, d.ld);
   cublasLtMatmulPreferenceCreate(&preference);
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                                       sizeof workspace);
   cublasStatus_t s = cublasLtMatmulAlgoGetHeuristic(lt, desc, la, lb, ld, ld, preference, 1, &found, &n);
-  if (!s && n == 1) s = cublasLtMatmul(lt, desc, &one, a.data, la, b.data, lb, &zero, d.data, ld, d.data, ld, &found.algo, NULL, 0, 0);
+  if (!s && n == 1)
+    s = cublasLtMatmul(lt, desc, &one, a.data, la, b.data, lb, &zero, d.data, ld, d.data, ld, &found.algo, NULL, 0, 0);
   cublasLtMatmulPreferenceDestroy(preference);
   cublasLtMatrixLayoutDestroy(la);
   cublasLtMatrixLayoutDestroy(lb);
@@ -148,18 +154,22 @@ enum { M = 24, COLUMNS = 9, K = 40 };
 
 /* Forward with bias and activation, then the gradient through it, with what the forward saved. */
 static void test_epilogues(const char *name, bool relu) {
-  matrix a(M, K, CUDA_R_32F), b(K, COLUMNS, CUDA_R_32F), d(M, COLUMNS, CUDA_R_32F), bias(M, 1, CUDA_R_32F), sums(M, 1, CUDA_R_32F);
+  matrix a(M, K, CUDA_R_32F), b(K, COLUMNS, CUDA_R_32F), d(M, COLUMNS, CUDA_R_32F), bias(M, 1, CUDA_R_32F),
+      sums(M, 1, CUDA_R_32F);
   matrix aux(relu ? 128 : M, COLUMNS, CUDA_R_32F); /* as bits: 128 a column, more than is needed */
   double worst = 0;
   const int64_t ld = relu ? 128 : M;
-  cublasStatus_t s = matmul(a, b, d, relu ? CUBLASLT_EPILOGUE_RELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX_BIAS, bias.data, aux.data, ld);
+  cublasStatus_t s = matmul(a, b, d, relu ? CUBLASLT_EPILOGUE_RELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                            bias.data, aux.data, ld);
   std::vector<double> got = d.download();
   for (int j = 0; j < COLUMNS && !s; j++)
     for (int i = 0; i < M; i++) {
       const double x = product_at(a, false, b, false, i, j, K, 0) + bias.at(i, 0), y = relu ? (x > 0 ? x : 0) : gelu(x);
       worst = fmax(worst, fabs(got[(size_t)(j * M + i)] - y) / 1e-4);
     }
-  s = s ? s : matmul(a, b, d, relu ? CUBLASLT_EPILOGUE_DRELU_BGRAD : CUBLASLT_EPILOGUE_DGELU_BGRAD, sums.data, aux.data, ld);
+  s = s ? s
+        : matmul(a, b, d, relu ? CUBLASLT_EPILOGUE_DRELU_BGRAD : CUBLASLT_EPILOGUE_DGELU_BGRAD, sums.data, aux.data,
+                 ld);
   if (s) {
     printf("%s: %s\n", name, cublasGetStatusName(s));
     return;
@@ -181,7 +191,8 @@ static void test_epilogues(const char *name, bool relu) {
 
 /* Bias alone, and bias gradients from the inputs. */
 static void test_bias(void) {
-  matrix a(M, K, CUDA_R_16F), b(K, COLUMNS, CUDA_R_16F), d(M, COLUMNS, CUDA_R_16F), bias(M, 1, CUDA_R_16F), ga(M, 1, CUDA_R_16F), gb(COLUMNS, 1, CUDA_R_16F);
+  matrix a(M, K, CUDA_R_16F), b(K, COLUMNS, CUDA_R_16F), d(M, COLUMNS, CUDA_R_16F), bias(M, 1, CUDA_R_16F),
+      ga(M, 1, CUDA_R_16F), gb(COLUMNS, 1, CUDA_R_16F);
   double worst = 0;
   const cublasStatus_t s = matmul(a, b, d, CUBLASLT_EPILOGUE_BIAS, bias.data, NULL, 0);
   const std::vector<double> got = d.download();
@@ -190,7 +201,9 @@ static void test_bias(void) {
       const double y = product_at(a, false, b, false, i, j, K, 0) + bias.at(i, 0);
       worst = fmax(worst, fabs(got[(size_t)(j * M + i)] - y) / (1e-3 * (1 + fabs(y))));
     }
-  if (s || matmul(a, b, d, CUBLASLT_EPILOGUE_BGRADA, ga.data, NULL, 0) || matmul(a, b, d, CUBLASLT_EPILOGUE_BGRADB, gb.data, NULL, 0)) worst = 1e9;
+  if (s || matmul(a, b, d, CUBLASLT_EPILOGUE_BGRADA, ga.data, NULL, 0) ||
+      matmul(a, b, d, CUBLASLT_EPILOGUE_BGRADB, gb.data, NULL, 0))
+    worst = 1e9;
   for (int i = 0; i < M; i++) {
     double sum = 0;
     for (int l = 0; l < K; l++) sum += a.at(i, l);
@@ -210,8 +223,8 @@ static void refusals(void) {
   std::vector<float> host(1000);
 #define TRY(what, at, ta, lda, pa, pb, pc, tc, compute)                                                                \
   printf("%s %s\n", what,                                                                                              \
-         cublasGetStatusName(cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, 8, 4, 16, at, pa, ta, lda, pb, ta, 16, &zero, pc, tc, 8, compute,    \
-                                          CUBLAS_GEMM_DEFAULT)))
+         cublasGetStatusName(cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, 8, 4, 16, at, pa, ta, lda, pb, ta, 16,     \
+                                          &zero, pc, tc, 8, compute, CUBLAS_GEMM_DEFAULT)))
   TRY("good", &one, CUDA_R_32F, 8, a.data, b.data, c.data, CUDA_R_32F, CUBLAS_COMPUTE_32F);
   TRY("small lda", &one, CUDA_R_32F, 7, a.data, b.data, c.data, CUDA_R_32F, CUBLAS_COMPUTE_32F);
   TRY("large lda", &one, CUDA_R_32F, 9, a.data, b.data, c.data, CUDA_R_32F, CUBLAS_COMPUTE_32F);
@@ -242,8 +255,8 @@ static void speed(int m, int n, int k, cudaDataType type) {
   double best = 1e9;
   for (int i = 0; i < 5; i++) {
     const double from = seconds();
-    cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, m, n, k, &one, a.data, type, m, b.data, type, k, &zero, c.data, type, m, CUBLAS_COMPUTE_32F,
-                 CUBLAS_GEMM_DEFAULT);
+    cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, m, n, k, &one, a.data, type, m, b.data, type, k, &zero, c.data, type,
+                 m, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     best = fmin(best, seconds() - from);
   }
   printf("%dx%dx%d type %d: %.2f ms, %.1f GFLOP/s\n", m, n, k, (int)type, best * 1e3, 2e-9 * m * n * k / best);

@@ -103,7 +103,7 @@ __global__ void too_much_static(const float *x, float *y, int) {
   HM_SHARED(float, a, [8000]);
   HM_SHARED(float, b, [8000]);
   a[threadIdx.x] = b[threadIdx.x] = x[threadIdx.x];
-  y[threadIdx.x] = a[threadIdx.x];
+  y[threadIdx.x] = a[threadIdx.x] + b[threadIdx.x];
 }
 
 int main(int, char **arguments) {

@@ -126,8 +126,8 @@ static void counting(void) {
   emu_stats s;
   emu_get_stats(&s);
   printf("launches %d %d\n", (int)s.launches, (int)emu_launches_of("twice"));
-  printf("h2d %d %d d2h %d %d d2d %d %d\n", (int)s.copies_h2d, (int)s.bytes_h2d, (int)s.copies_d2h, (int)s.bytes_d2h, (int)s.copies_d2d,
-         (int)s.bytes_d2d);
+  printf("h2d %d %d d2h %d %d d2d %d %d\n", (int)s.copies_h2d, (int)s.bytes_h2d, (int)s.copies_d2h, (int)s.bytes_d2h,
+         (int)s.copies_d2d, (int)s.bytes_d2d);
   printf("memsets %d %d\n", (int)s.memsets, (int)s.bytes_memset);
   printf("synchronisations %d\n", (int)s.synchronisations);
   printf("live %d %d\n", (int)s.live_allocations, (int)s.live_bytes);
@@ -153,7 +153,8 @@ static void pools(void) {
   cudaFreeAsync(p, s);
   printf("freed twice %s\n", named(cudaFreeAsync(p, s)));
   cudaStreamSynchronize(s);
-  printf("used %d high %d\n", (int)(pool_value(pool, cudaMemPoolAttrUsedMemCurrent) / mib), (int)(pool_value(pool, cudaMemPoolAttrUsedMemHigh) / mib));
+  printf("used %d high %d\n", (int)(pool_value(pool, cudaMemPoolAttrUsedMemCurrent) / mib),
+         (int)(pool_value(pool, cudaMemPoolAttrUsedMemHigh) / mib));
   printf("reserved %d\n", (int)(pool_value(pool, cudaMemPoolAttrReservedMemCurrent) / mib));
   cudaMemPoolTrimTo(pool, 0);
   printf("trimmed %d\n", (int)(pool_value(pool, cudaMemPoolAttrReservedMemCurrent) / mib));

@@ -75,8 +75,9 @@ static void launch(void) {
   nvrtcGetPTX(p, ptx.data());
   nvrtcGetLoweredName(p, "fill<int>", &lowered);
   printf("load %d\n", (int)cuModuleLoadData(&module, ptx.data()));
-  printf("functions %d %d %d %d\n", (int)cuModuleGetFunction(&reversed, module, "reversed"), (int)cuModuleGetFunction(&fill, module, lowered),
-         (int)cuModuleGetFunction(&early, module, "early"), (int)cuModuleGetFunction(&none, module, "fill"));
+  printf("functions %d %d %d %d\n", (int)cuModuleGetFunction(&reversed, module, "reversed"),
+         (int)cuModuleGetFunction(&fill, module, lowered), (int)cuModuleGetFunction(&early, module, "early"),
+         (int)cuModuleGetFunction(&none, module, "fill"));
   nvrtcDestroyProgram(&p);
   float *x, *y, factor = 3;
   int count = 64, value = 17;

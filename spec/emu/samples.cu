@@ -63,7 +63,8 @@ __global__ void softmax(const float *x, float *y, int columns) {
     if (t < s) buffer[t] += buffer[t + s];
     HM_BARRIER();
   }
-  for (int j = t; j < columns; j += (int)blockDim.x) y[(size_t)blockIdx.x * columns + j] = hm_exp_f32(row[j] - top) / buffer[0];
+  for (int j = t; j < columns; j += (int)blockDim.x)
+    y[(size_t)blockIdx.x * columns + j] = hm_exp_f32(row[j] - top) / buffer[0];
 }
 
 __global__ void transpose(const float *x, float *y, int n) {
@@ -118,7 +119,8 @@ __global__ void warp_operations(unsigned *out) {
   __syncwarp();
   if (lane < 16) mine[6] = __shfl_xor_sync(0x0000ffffu, t, 1);
   else mine[6] = __shfl_xor_sync(0xffff0000u, t, 2);
-  mine[7] = (unsigned)__syncthreads_count(lane == 0) + 10u * (unsigned)__syncthreads_or(t == 40) + 100u * (unsigned)__syncthreads_and(t < 40);
+  mine[7] = (unsigned)__syncthreads_count(lane == 0) + 10u * (unsigned)__syncthreads_or(t == 40) +
+            100u * (unsigned)__syncthreads_and(t < 40);
 }
 
 __global__ void vectors(const uint16_t *x, uint16_t *y, const float4 *u, float4 *v, int n) {
@@ -262,7 +264,8 @@ static void test_atomics(cudaStream_t stream) {
   device_array<sums> ds(1);
   check(HM_LAUNCH(atomics, 8, 128, 0, stream, dx.data, ds.data, n), "atomics");
   const sums s = ds.host()[0];
-  long wrong = s.wide != 499500.0 || s.count != 1000 || s.single != 1000.0f || s.top != 99.0f || s.highest != 999 || s.flags != 0xffffu || s.last != 7;
+  long wrong = s.wide != 499500.0 || s.count != 1000 || s.single != 1000.0f || s.top != 99.0f || s.highest != 999 ||
+               s.flags != 0xffffu || s.last != 7;
   for (int b = 0; b < 8; b++) wrong += s.bins[b] != 125;
   verdict("atomics", wrong);
 }
@@ -274,7 +277,9 @@ static void test_warp(cudaStream_t stream) {
   long wrong = 0;
   for (unsigned t = 0; t < 64; t++) {
     const unsigned lane = t % 32, base = t - lane, *const mine = &o[t * 8];
-    const unsigned expected[8] = {0x49249249u, 1, 0, base + 5, lane < 3 ? t : t - 3, lane % 8 < 6 ? t + 2 : t, lane < 16 ? t ^ 1u : t ^ 2u, 2 + 10};
+    const unsigned expected[8] = {
+        0x49249249u, 1, 0, base + 5, lane < 3 ? t : t - 3, lane % 8 < 6 ? t + 2 : t, lane < 16 ? t ^ 1u : t ^ 2u,
+        2 + 10};
     for (int i = 0; i < 8; i++) wrong += mine[i] != expected[i];
   }
   verdict("warp_operations", wrong);

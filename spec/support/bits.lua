@@ -20,7 +20,8 @@ function M.file(entries, extra)
   local head, data, at = {}, {}, 0
   if extra then head[1] = extra end
   for _, e in ipairs(entries) do
-    head[#head + 1] = ('"%s":{"dtype":"%s","shape":[%s],"data_offsets":[%d,%d]}'):format(e[1], e[2], table.concat(e[3], ","), at, at + #e[4])
+    head[#head + 1] = ('"%s":{"dtype":"%s","shape":[%s],"data_offsets":[%d,%d]}'):format(e[1], e[2], table.concat(e[3], ","),
+      at, at + #e[4])
     data[#data + 1] = e[4]
     at = at + #e[4]
   end

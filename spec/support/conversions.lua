@@ -1,7 +1,9 @@
--- conversions.lua -- run by convert_spec.lua in a process of its own for each instruction set: every conversion between float16, bfloat16 and the
+-- conversions.lua -- run by convert_spec.lua in a process of its own for each instruction set: every conversion
+-- between float16, bfloat16 and the
 -- wider types, at every pattern and every place where rounding turns.
 --
--- What is expected comes from the bits alone: between two neighbours h and h + 1 of the narrow type lies one midpoint; below it h is right, above it
+-- What is expected comes from the bits alone: between two neighbours h and h + 1 of the narrow type lies one
+-- midpoint; below it h is right, above it
 -- h + 1, and on it the even one of the two.  Prints one line for each check that failed, and "checked N" at the end.
 
 local hm = require "halfmoon"
@@ -40,7 +42,8 @@ local function compare(what, got, want, inputs)
     end
   end
   if wrong > 0 then
-    print(("%s: %d wrong, first: %s gave 0x%x, expected 0x%x"):format(what, wrong, inputs and ("0x%x"):format(inputs[first]) or "entry " .. first,
+    print(("%s: %d wrong, first: %s gave 0x%x, expected 0x%x"):format(what, wrong, inputs
+      and ("0x%x"):format(inputs[first]) or "entry " .. first,
       got[first], want[first]))
   end
 end
@@ -125,7 +128,8 @@ for _, name in ipairs(ORDER) do
   compare("float32 to " .. name, bits.patterns(t:to(name)), want, inputs)
   local out = hm.zeros({#inputs}, {dtype = name})
   compare("float32 copied into " .. name, bits.patterns(out:copy_(t)), want, inputs)
-  if name == "float16" then -- a result that is rounded by the op itself (the bfloat16 inputs include float32 subnormals, whose product stays)
+  -- A result that is rounded by the op itself.  (The inputs for bfloat16 include float32 subnormals.)
+  if name == "float16" then
     compare("float32 times 1 written as float16", bits.patterns(core.call("mul", t, 1, {out_dtype = "f16"})), want, inputs)
   end
   inputs, want = boundaries(f, f64_bits, math.mininteger)
@@ -151,7 +155,10 @@ for _, name in ipairs(ORDER) do
   for _, payload in ipairs {1, 0x1fff, 0x2000, 0x3fffff, 0x400000, 0x400001, 0x5a5a5a, 0x7fffff} do
     add(0x7f800000 | payload, f.top | quiet | payload >> shift)
   end
-  for _ = 1, 3 do table.move(inputs, 1, #inputs, #inputs + 1) table.move(want, 1, #want, #want + 1) end -- long enough for vectors
+  for _ = 1, 3 do -- long enough for vectors
+    table.move(inputs, 1, #inputs, #inputs + 1)
+    table.move(want, 1, #want, #want + 1)
+  end
   compare("special float32 to " .. name, bits.patterns(bits.from_patterns("float32", inputs):to(name)), want, inputs)
 end
 
@@ -208,14 +215,16 @@ do
     end
     checked = checked + #list
     if wrong > 0 then
-      print(("int64 to %s: %d wrong, first: %d gave %.17g, expected %.17g"):format(name, wrong, list[first], got[first], want[name][first]))
+      print(("int64 to %s: %d wrong, first: %d gave %.17g, expected %.17g"):format(name, wrong, list[first], got[first],
+        want[name][first]))
     end
     -- the same numbers, one by one, as Lua integers
     for i = 1, #list, name == "float16" and 301 or 7 do
       local one = hm.full({1}, list[i], {dtype = name}):item()
       local two = hm.tensor({list[i]}, {dtype = name}):item()
       if one ~= want[name][i] or two ~= want[name][i] then
-        print(("Lua integer %d to %s: full gave %.17g, tensor gave %.17g, expected %.17g"):format(list[i], name, one, two, want[name][i]))
+        print(("Lua integer %d to %s: full gave %.17g, tensor gave %.17g, expected %.17g"):format(list[i], name, one, two,
+          want[name][i]))
       end
       checked = checked + 2
     end

@@ -1,4 +1,5 @@
--- isa_cases.lua -- what has to give the same bits with every instruction set and every number of threads: all elementwise rows with their generated
+-- isa_cases.lua -- what has to give the same bits with every instruction set and every number of threads: all
+-- elementwise rows with their generated
 -- backward rows, reductions, softmax, losses, pooling, random numbers, casts and the optimizers' passes.  (Matrix products and convolutions
 -- come from a library that makes no such promise.)
 --
@@ -11,7 +12,8 @@ local M = {}
 
 local DTYPES = {"float32", "float16", "bfloat16"}
 local SPECIAL = {
-  0 / 0, math.huge, -math.huge, 0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 1e-40, -1e-40, 6e-8, -6e-8, 2.0 ^ -14, 65504.0, -65504.0, 65520.0, 3e38, -3e38, 88.7,
+  0 / 0, math.huge, -math.huge, 0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 1e-40, -1e-40, 6e-8, -6e-8, 2.0 ^ -14, 65504.0, -65504.0,
+    65520.0, 3e38, -3e38, 88.7,
   -88.7, 104.0, -104.0, 1e-20, 20.0, 20.5, math.pi, -math.pi, 1e5, 7.0, -3.0,
 }
 
@@ -34,7 +36,8 @@ local function values(n, seed)
   for i = #list + 1, n do
     local u = next_number() * 2 - 1
     local kind = i % 4
-    list[i] = kind == 0 and u or kind == 1 and u * 8 or kind == 2 and u * 2.0 ^ (math.floor(next_number() * 40) - 20) or math.abs(u) * 3 + 0.01
+    list[i] = kind == 0 and u or kind == 1 and u * 8 or kind == 2 and u * 2.0 ^ (math.floor(next_number() * 40) - 20)
+      or math.abs(u) * 3 + 0.01
   end
   return list
 end
@@ -168,7 +171,8 @@ end
 
 local OPTIMIZERS = {
   {"SGD", {lr = 0.1}}, {"SGD", {lr = 0.1, momentum = 0.9, weight_decay = 0.01, nesterov = true}},
-  {"SGD", {lr = 0.1, momentum = 0.9, dampening = 0.1}}, {"Adam", {lr = 0.01, weight_decay = 0.1}}, {"AdamW", {lr = 0.01, weight_decay = 0.1}},
+  {"SGD", {lr = 0.1, momentum = 0.9, dampening = 0.1}}, {"Adam", {lr = 0.01, weight_decay = 0.1}}, {"AdamW", {lr = 0.01,
+    weight_decay = 0.1}},
 }
 
 local function optimizers(add, n)

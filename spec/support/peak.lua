@@ -2,7 +2,8 @@
 --
 --     build/halfmoon spec/support/peak.lua DTYPE MODE HEAP
 --
--- MODE: "incremental" or "generational" for Lua's collector; "counted" collects after every op, so that a tensor goes when the last reference to
+-- MODE: "incremental" or "generational" for Lua's collector; "counted" collects after every op, so that a tensor goes
+-- when the last reference to
 -- it does, as if references were counted.  HEAP: megabytes of Lua tables that are held meanwhile.
 
 local hm = require "halfmoon"

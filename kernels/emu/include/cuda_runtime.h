@@ -30,7 +30,8 @@ template <class T> cudaError_t cudaMallocHost(T **p, size_t size, unsigned int f
 template <class T> cudaError_t cudaHostAlloc(T **p, size_t size, unsigned int flags) {
   return cudaHostAlloc((void **)(void *)p, size, flags);
 }
-template <class R, class... P> cudaError_t cudaFuncSetAttribute(R (*kernel)(P...), enum cudaFuncAttribute attr, int value) {
+template <class R, class... P>
+cudaError_t cudaFuncSetAttribute(R (*kernel)(P...), enum cudaFuncAttribute attr, int value) {
   return cudaFuncSetAttribute((const void *)kernel, attr, value);
 }
 template <class R, class... P>

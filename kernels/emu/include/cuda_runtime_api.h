@@ -95,8 +95,8 @@ HM_EMU_API cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t fn, 
 HM_EMU_API cudaError_t cudaFuncSetAttribute(const void *func, enum cudaFuncAttribute attr, int value);
 HM_EMU_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *numBlocks, const void *func, int blockSize,
                                                                      size_t dynamicSMemSize);
-HM_EMU_API cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **funcPtr, unsigned int cudaVersion,
-                                                        unsigned long long flags,
-                                                        enum cudaDriverEntryPointQueryResult *driverStatus HM_EMU_DV(NULL));
+HM_EMU_API cudaError_t
+cudaGetDriverEntryPointByVersion(const char *symbol, void **funcPtr, unsigned int cudaVersion, unsigned long long flags,
+                                 enum cudaDriverEntryPointQueryResult *driverStatus HM_EMU_DV(NULL));
 
 #endif

@@ -41,6 +41,10 @@ HM_EMU_VAR dim3 blockDim, gridDim;
 HM_EMU_VAR uint64_t hm_emu_epoch; /* counts blocks, over all launches: tells a slot that its memory is stale */
 static const int warpSize = 32;
 
+#ifdef __SANITIZE_THREAD__
+extern "C" void __tsan_acquire(void *);
+#endif
+
 namespace hm_emu {
 
 /* Where the scheduler writes the indices that a kernel reads: each module has its own. */
@@ -90,21 +94,24 @@ extern const services *const table;
 
 template <class T> inline T &shared(slot &s, const char *name) {
   if (s.epoch != hm_emu_epoch) table->make_shared(&s, name);
+#ifdef __SANITIZE_THREAD__
+  __tsan_acquire(&s);
+#endif
   return *reinterpret_cast<T *>(s.data);
 }
 
 /* ====== Warp operations ====== */
 
-inline unsigned lane() {
-  return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) & 31u;
-}
+inline unsigned lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) & 31u; }
 
 enum { SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_XOR };
 
 template <class T>
-T shuffle(unsigned mask, T value, int argument, int width, int mode, const char *what, int id, const char *file, int line) {
+T shuffle(unsigned mask, T value, int argument, int width, int mode, const char *what, int id, const char *file,
+          int line) {
   static_assert(std::is_arithmetic<T>::value && sizeof(T) <= 8, "a shuffle moves one number");
-  if (width < 1 || width > 32 || (width & (width - 1))) table->complain(cudaErrorLaunchFailure, "a shuffle's width must be a power of two up to 32", file, line);
+  if (width < 1 || width > 32 || (width & (width - 1)))
+    table->complain(cudaErrorLaunchFailure, "a shuffle's width must be a power of two up to 32", file, line);
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof value);
   rendezvous *const r = table->meet(mask, bits, what, id, file, line);
@@ -114,7 +121,8 @@ T shuffle(unsigned mask, T value, int argument, int width, int mode, const char 
   if (mode == SHFL_UP && me - argument >= base) from = me - argument;
   if (mode == SHFL_DOWN && me + argument < base + width) from = me + argument;
   if (mode == SHFL_XOR && (me ^ argument) < base + width) from = me ^ argument;
-  if (!(mask >> from & 1u)) table->complain(cudaErrorLaunchFailure, "a shuffle reads a lane that its mask leaves out", file, line);
+  if (!(mask >> from & 1u))
+    table->complain(cudaErrorLaunchFailure, "a shuffle reads a lane that its mask leaves out", file, line);
   memcpy(&value, &r->value[from], sizeof value);
   table->leave(r);
   return value;
@@ -138,7 +146,8 @@ inline void sync_warp(int id, const char *file, int line, unsigned mask = 0xffff
 
 template <class T, class F> T update(T *p, F f) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "atomics are 32 or 64 bits wide");
-  static_assert(!std::is_same<T, long>::value && !std::is_same<T, unsigned long>::value, "CUDA has atomics for long long, not for long");
+  static_assert(!std::is_same<T, long>::value && !std::is_same<T, unsigned long>::value,
+                "CUDA has atomics for long long, not for long");
   typedef typename std::conditional<sizeof(T) == 8, uint64_t, uint32_t>::type word;
   word *const w = reinterpret_cast<word *>(p);
   word seen = __atomic_load_n(w, __ATOMIC_RELAXED), wanted;
@@ -174,7 +183,13 @@ template <class... P> struct frame {
   }
   int pointers(pointer_argument *list) const {
     int n = 0;
-    std::apply([&](const P &...p) { int i = 0; (note_pointer(list, &n, i++, p), ...); (void)i; }, arguments);
+    std::apply(
+        [&](const P &...p) {
+          int i = 0;
+          (note_pointer(list, &n, i++, p), ...);
+          (void)i;
+        },
+        arguments);
     return n;
   }
 };
@@ -189,8 +204,8 @@ struct launch {
   size_t dynamic;
   std::shared_ptr<const void> frame;
   void (*call)(const void *frame);
-  const indices *where;                  /* of the module; NULL: the program's own */
-  unsigned char *raw_begin, *raw_end;    /* the module's __shared__ variables */
+  const indices *where;               /* of the module; NULL: the program's own */
+  unsigned char *raw_begin, *raw_end; /* the module's __shared__ variables */
   int n_pointers;
   pointer_argument pointers[MAX_ARGUMENTS];
 };
@@ -235,9 +250,7 @@ cudaError_t start(const char *name, dim3 grid, dim3 block, size_t dynamic, cudaS
 #define __any_sync(mask, p) ((int)(hm_emu::ballot(mask, (p) != 0, "__any_sync", HM_EMU_HERE) != 0))
 #define __all_sync(mask, p) ((int)(hm_emu::ballot(mask, (p) == 0, "__all_sync", HM_EMU_HERE) == 0))
 
-template <class T> struct hm_emu_same {
-  typedef T type;
-};
+template <class T> struct hm_emu_same { typedef T type; };
 #define HM_EMU_ATOMIC(name, expression)                                                                                \
   template <class T> inline T name(T *p, typename hm_emu_same<T>::type v) {                                            \
     return hm_emu::update(p, [=](T old) -> T { return expression; });                                                  \
@@ -247,11 +260,10 @@ HM_EMU_ATOMIC(atomicSub, (T)(old - v))
 HM_EMU_ATOMIC(atomicMax, old < v ? v : old)
 HM_EMU_ATOMIC(atomicMin, v < old ? v : old)
 HM_EMU_ATOMIC(atomicOr, (T)(old | v))
-HM_EMU_ATOMIC(atomicAnd, (T)(old & v))
+HM_EMU_ATOMIC(atomicAnd, (T)(old &v))
 HM_EMU_ATOMIC(atomicExch, ((void)old, v))
 #undef HM_EMU_ATOMIC
-template <class T>
-inline T atomicCAS(T *p, typename hm_emu_same<T>::type expected, typename hm_emu_same<T>::type v) {
+template <class T> inline T atomicCAS(T *p, typename hm_emu_same<T>::type expected, typename hm_emu_same<T>::type v) {
   return hm_emu::update(p, [=](T old) -> T { return old == expected ? v : old; });
 }
 

@@ -49,7 +49,8 @@ template <class... P, size_t... I> void *pack_frame(void (*kernel)(P...), void *
 template <auto kernel> struct kernel_of;
 template <class... P, void (*kernel)(P...)> struct kernel_of<kernel> {
   static void *pack(void **values, pointer_argument *list, int *n_pointers) {
-    static_assert(sizeof...(P) <= MAX_ARGUMENTS && sizeof(std::tuple<P...>) <= MAX_ARGUMENT_BYTES, "too many parameters");
+    static_assert(sizeof...(P) <= MAX_ARGUMENTS && sizeof(std::tuple<P...>) <= MAX_ARGUMENT_BYTES,
+                  "too many parameters");
     void *const f = pack_frame(kernel, values, std::index_sequence_for<P...>());
     *n_pointers = static_cast<frame<P...> *>(f)->pointers(list);
     return f;

@@ -26,17 +26,18 @@ extern "C" {
 #endif
 
 typedef struct emu_stats {
-  uint64_t calls;            /* of the runtime, cuBLAS and the driver */
-  uint64_t launches;         /* kernels, without the matrix products */
-  uint64_t gemms;            /* matrix products */
-  double gemm_flops;         /* 2 m n k each */
-  uint64_t synchronisations; /* the host waited for the device: synchronise calls, copies that return when done, cudaFree */
+  uint64_t calls;    /* of the runtime, cuBLAS and the driver */
+  uint64_t launches; /* kernels, without the matrix products */
+  uint64_t gemms;    /* matrix products */
+  double gemm_flops; /* 2 m n k each */
+  uint64_t
+      synchronisations; /* the host waited for the device: synchronise calls, copies that return when done, cudaFree */
   uint64_t copies_h2d, copies_d2h, copies_d2d;
   uint64_t bytes_h2d, bytes_d2h, bytes_d2d;
   uint64_t memsets, bytes_memset;
   uint64_t allocations, frees; /* of device memory */
   uint64_t live_allocations, live_bytes, peak_bytes;
-  uint64_t live_pinned; /* blocks of pinned host memory */
+  uint64_t live_pinned;  /* blocks of pinned host memory */
   uint64_t live_objects; /* streams, events, handles, descriptors, modules: what has a destroy function */
   uint64_t violations;
 } emu_stats;
