@@ -431,7 +431,11 @@ int hm__device_alloc(int device, size_t bytes, void **out) {
   if (cls >= SMALL_CLASSES) keep_below_mark(p, bytes);
   void *data = take(p, cls, bytes);
   if (!data) data = refill(p, cls, bytes);
-  if (!data) return out_of_memory(p, bytes);
+  if (!data) {
+    /* A device that is lost, or does not open, refuses too: then that is what is told. */
+    if (device != HM_CPU && p->backend->synchronize(p->index)) return HM_ERR_DEVICE;
+    return out_of_memory(p, bytes);
+  }
   unpoison(p, data, bytes);
   *out = data;
   return HM_OK;

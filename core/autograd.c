@@ -21,7 +21,7 @@ struct hm_visit {
   hm_visit *next;        /* all visits of this walk */
   const struct walk *by; /* the walk */
   bool queued;
-  hm_tensor *grad[];     /* node->n_out of them, owned */
+  hm_tensor *grad[]; /* node->n_out of them, owned */
 };
 
 typedef struct walk {
@@ -165,13 +165,16 @@ static hm_arg keep_temp(hm_tensor *t) {
 
 static int check_saved(const hm_node *n, const hm_saved *s, const char *role, const char *name) {
   if (n->freed)
-    return hm_fail(HM_ERR_STATE, "backward: the graph was freed: %s has given up its saved tensors\n  hint: pass retain_graph = true to the first backward",
-                   node_name(n));
+    return hm_fail(
+        HM_ERR_STATE,
+        "backward: the graph was freed: %s has given up its saved tensors\n  hint: pass retain_graph = true to the first backward",
+        node_name(n));
   if (s->arg.kind != HM_ARG_TENSOR || hm_tensor_version(s->arg.t) == s->version) return HM_OK;
   char text[160];
-  return hm_fail(HM_ERR_STATE, "backward: %s %s of %s, %s, was changed in place after it was saved (version %u, expected %u)\n  hint: use the form that makes a new tensor",
-                 role, name, node_name(n), hm_describe(s->arg.t, text, sizeof text),
-                 hm_tensor_version(s->arg.t), s->version);
+  return hm_fail(
+      HM_ERR_STATE,
+      "backward: %s %s of %s, %s, was changed in place after it was saved (version %u, expected %u)\n  hint: use the form that makes a new tensor",
+      role, name, node_name(n), hm_describe(s->arg.t, text, sizeof text), hm_tensor_version(s->arg.t), s->version);
 }
 
 /* The saved tensor as a member of the graph, where its gradient goes to output nr of `origin`. */
@@ -187,7 +190,8 @@ static hm_arg with_graph(hm_tensor *t, hm_node *origin, int nr, int *status) {
 
 /* Under autocast's backward = "float32": the saved value, widened. */
 static hm_arg widened(const hm_node *n, hm_arg a, int *status) {
-  if (*status || !n->backward_f32 || a.kind != HM_ARG_TENSOR || !hm_dtype_is_float(a.t->dtype) || a.t->dtype == HM_F32) return a;
+  if (*status || !n->backward_f32 || a.kind != HM_ARG_TENSOR || !hm_dtype_is_float(a.t->dtype) || a.t->dtype == HM_F32)
+    return a;
   hm_tensor *wide;
   *status = hm_to(a.t, HM_F32, -1, false, &wide);
   return *status ? a : keep_temp(wide);
@@ -215,7 +219,8 @@ hm_arg hm__saved_out(hm_node *n, int out, int *status) {
 
 /* True if nobody else can see t's memory and every element is its own. */
 static bool is_ours(const hm_tensor *t) {
-  return atomic_load(&t->refs) == 1 && atomic_load(&t->storage->refs) == 1 && !t->requires_grad && (hm_is_contiguous(t) || hm_is_channels_last(t));
+  return atomic_load(&t->refs) == 1 && atomic_load(&t->storage->refs) == 1 && !t->requires_grad &&
+         (hm_is_contiguous(t) || hm_is_channels_last(t));
 }
 
 /* Adds g (taken over) into *sum. */
@@ -251,7 +256,8 @@ static int fit(const hm_node *n, const hm_edge *e, hm_tensor **g) {
     status = hm_sum_to(*g, e->ndim, e->shape, &fitted);
     if (status) {
       char text[160];
-      return hm_fail(HM_ERR_SHAPE, "backward: %s gave a gradient of the wrong shape, %s", node_name(n), hm_describe(*g, text, sizeof text));
+      return hm_fail(HM_ERR_SHAPE, "backward: %s gave a gradient of the wrong shape, %s", node_name(n),
+                     hm_describe(*g, text, sizeof text));
     }
     hm_tensor_release(*g);
     *g = fitted;
@@ -345,7 +351,8 @@ static int call_backward(hm_node *n, hm_tensor *const *grad, hm_tensor **grad_in
   }
   const hm_op_info *info = hm_op_get(n->op);
   if (!info->differentiable)
-    return hm_fail(HM_ERR_UNSUPPORTED, "backward: %s has no derivative: this gradient cannot be differentiated once more", info->name);
+    return hm_fail(HM_ERR_UNSUPPORTED,
+                   "backward: %s has no derivative: this gradient cannot be differentiated once more", info->name);
   return info->backward(n, grad, grad_in);
 }
 
@@ -394,13 +401,15 @@ static int root_gradient(hm_tensor *root, hm_tensor *given, hm_tensor **out) {
   char text[160], got[160];
   if (given) {
     if (given->ndim != root->ndim || memcmp(given->shape, root->shape, sizeof(int64_t) * (size_t)root->ndim))
-      return hm_fail(HM_ERR_SHAPE, "backward: the gradient must have the tensor's shape: tensor is %s, gradient is %s", hm_describe(root, text, sizeof text),
-                     hm_describe(given, got, sizeof got));
+      return hm_fail(HM_ERR_SHAPE, "backward: the gradient must have the tensor's shape: tensor is %s, gradient is %s",
+                     hm_describe(root, text, sizeof text), hm_describe(given, got, sizeof got));
     return hm_to(given, root->dtype, -1, false, out);
   }
   if (root->numel != 1)
-    return hm_fail(HM_ERR_SHAPE, "backward: a tensor of several elements needs a gradient: got %s\n  hint: reduce it (x:sum()), or pass backward(gradient)",
-                   hm_describe(root, text, sizeof text));
+    return hm_fail(
+        HM_ERR_SHAPE,
+        "backward: a tensor of several elements needs a gradient: got %s\n  hint: reduce it (x:sum()), or pass backward(gradient)",
+        hm_describe(root, text, sizeof text));
   int status = hm_empty(root->ndim, root->shape, root->dtype, hm_tensor_device(root), out);
   if (status) return status;
   hm_tensor *same;
@@ -414,8 +423,10 @@ static int seed(walk *w, hm_tensor *root, hm_tensor *given) {
   char text[160];
   if (hm_tensor_is_dropped(root)) return hm_fail(HM_ERR_STATE, "backward: the tensor was released");
   if (!root->requires_grad)
-    return hm_fail(HM_ERR_STATE, "backward: the tensor has no graph: %s\n  hint: some parameter must have requires_grad, and the forward must not run inside no_grad",
-                   hm_describe(root, text, sizeof text));
+    return hm_fail(
+        HM_ERR_STATE,
+        "backward: the tensor has no graph: %s\n  hint: some parameter must have requires_grad, and the forward must not run inside no_grad",
+        hm_describe(root, text, sizeof text));
   hm_tensor *g;
   int status = root_gradient(root, given, &g);
   if (status) return status;
@@ -527,7 +538,8 @@ static int find_inputs(walk *w) {
   for (int k = 0; k < w->n_input; k++) {
     char text[160];
     if (!w->input[k]->requires_grad)
-      return hm_fail(HM_ERR_STATE, "grad: input %d does not want a gradient: %s\n  hint: set requires_grad before the forward", k + 1,
+      return hm_fail(HM_ERR_STATE,
+                     "grad: input %d does not want a gradient: %s\n  hint: set requires_grad before the forward", k + 1,
                      hm_describe(w->input[k], text, sizeof text));
     const int status = hm__grad_target(w->input[k], &w->input_node[k]);
     if (status) return status;
@@ -538,13 +550,21 @@ static int find_inputs(walk *w) {
 static int check_caught(const walk *w, bool allow_unused) {
   for (int k = 0; k < w->n_input && !allow_unused; k++)
     if (!w->caught[k])
-      return hm_fail(HM_ERR_STATE, "grad: input %d was not used in the graph of the outputs\n  hint: pass allow_unused = true to get nil for it", k + 1);
+      return hm_fail(
+          HM_ERR_STATE,
+          "grad: input %d was not used in the graph of the outputs\n  hint: pass allow_unused = true to get nil for it",
+          k + 1);
   return HM_OK;
 }
 
-int hm_autograd_grad(hm_tensor *const *roots, hm_tensor *const *grads, int n, hm_tensor *const *inputs, int n_inputs, bool retain,
-                     bool create_graph, bool allow_unused, hm_tensor **out) {
-  walk w = {.retain = retain || create_graph, .create_graph = create_graph, .restricted = true, .input = inputs, .n_input = n_inputs, .caught = out};
+int hm_autograd_grad(hm_tensor *const *roots, hm_tensor *const *grads, int n, hm_tensor *const *inputs, int n_inputs,
+                     bool retain, bool create_graph, bool allow_unused, hm_tensor **out) {
+  walk w = {.retain = retain || create_graph,
+            .create_graph = create_graph,
+            .restricted = true,
+            .input = inputs,
+            .n_input = n_inputs,
+            .caught = out};
   for (int k = 0; k < n_inputs; k++) out[k] = NULL;
   w.input_node = hm_calloc(sizeof *w.input_node * (size_t)(n_inputs > 0 ? n_inputs : 1));
   if (!w.input_node) return HM_ERR_MEMORY;

@@ -41,19 +41,22 @@ static int check_operand(const hm_opcall *c, int i) {
     return hm_fail(HM_ERR_ARG, "%s: %s is missing\n  %s", c->info->name, want->name, c->info->signature);
   }
   if (a->kind != HM_ARG_TENSOR) {
-    const bool number = c->info->family == HM_FAMILY_ELEMENTWISE || c->info->family == HM_FAMILY_FILL || c->info->family == HM_FAMILY_COPY;
+    const bool number = c->info->family == HM_FAMILY_ELEMENTWISE || c->info->family == HM_FAMILY_FILL ||
+                        c->info->family == HM_FAMILY_COPY;
     if (number && !want->mutated) return HM_OK;
     return hm_fail(HM_ERR_ARG, "%s: %s must be a tensor, got a number", c->info->name, want->name);
   }
   if (hm_tensor_is_dropped(a->t))
-    return hm_fail(HM_ERR_STATE, "%s: %s was released\n  hint: release() gives a tensor's memory back for good; use it last", c->info->name, want->name);
+    return hm_fail(HM_ERR_STATE,
+                   "%s: %s was released\n  hint: release() gives a tensor's memory back for good; use it last",
+                   c->info->name, want->name);
   char text[160];
   if (want->cls == 'i' && hm_dtype_kind(a->t->dtype) != HM_KIND_INT)
-    return hm_fail(HM_ERR_DTYPE, "%s: %s must hold integers, got %s\n  hint: make it int64: %s:to(\"i64\")", c->info->name, want->name,
-                   hm_describe(a->t, text, sizeof text), want->name);
+    return hm_fail(HM_ERR_DTYPE, "%s: %s must hold integers, got %s\n  hint: make it int64: %s:to(\"i64\")",
+                   c->info->name, want->name, hm_describe(a->t, text, sizeof text), want->name);
   if (want->cls == 'b' && a->t->dtype != HM_BOOL)
-    return hm_fail(HM_ERR_DTYPE, "%s: %s must be bool, got %s\n  hint: compare, for instance %s:ne(0)", c->info->name, want->name,
-                   hm_describe(a->t, text, sizeof text), want->name);
+    return hm_fail(HM_ERR_DTYPE, "%s: %s must be bool, got %s\n  hint: compare, for instance %s:ne(0)", c->info->name,
+                   want->name, hm_describe(a->t, text, sizeof text), want->name);
   return HM_OK;
 }
 
@@ -70,9 +73,10 @@ static int check_operands(hm_opcall *c) {
       first = i;
     } else if (device != c->device) {
       char a[160], b[160];
-      return hm_fail(HM_ERR_DEVICE, "%s: tensors on different devices: %s is %s, %s is %s\n  hint: move one with :to(\"%s\")", c->info->name,
-                     c->info->in[first].name, hm_describe(c->in[first].t, a, sizeof a), c->info->in[i].name,
-                     hm_describe(c->in[i].t, b, sizeof b), hm_device_name(c->device));
+      return hm_fail(HM_ERR_DEVICE,
+                     "%s: tensors on different devices: %s is %s, %s is %s\n  hint: move one with :to(\"%s\")",
+                     c->info->name, c->info->in[first].name, hm_describe(c->in[first].t, a, sizeof a),
+                     c->info->in[i].name, hm_describe(c->in[i].t, b, sizeof b), hm_device_name(c->device));
     }
   }
   if (c->device < 0) return hm_fail(HM_ERR_ARG, "%s: at least one operand must be a tensor", c->info->name);
@@ -86,8 +90,10 @@ int hm__wrap_dim(const hm_opcall *c, int64_t *dim, int ndim) {
     return HM_OK;
   }
   if (ndim == 0) return hm_fail(HM_ERR_SHAPE, "%s: a 0-dim tensor has no dim to choose", c->info->name);
-  return hm_fail(HM_ERR_SHAPE, "%s: dim out of range: the tensor has %d dim%s, valid are 1 to %d, or -%d to -1\n  hint: dims count from 1 in Lua, got %lld",
-                 c->info->name, ndim, ndim == 1 ? "" : "s", ndim, ndim, (long long)(*dim < 0 ? *dim : *dim + 1));
+  return hm_fail(
+      HM_ERR_SHAPE,
+      "%s: dim out of range: the tensor has %d dim%s, valid are 1 to %d, or -%d to -1\n  hint: dims count from 1 in Lua, got %lld",
+      c->info->name, ndim, ndim == 1 ? "" : "s", ndim, ndim, (long long)(*dim < 0 ? *dim : *dim + 1));
 }
 
 /* Replaces in[i] by t (taken over). */
@@ -181,7 +187,8 @@ static void drop_scratch(const hm_opcall *c, hm_kernel_call *k, scratch *s) {
 }
 
 /* Finds or makes the shadow of t that holds operand i packed. */
-static int packed_shadow(hm_kernel_call *k, const hm_backend *b, int i, hm_tensor *t, const hm_packing *packing, scratch *s) {
+static int packed_shadow(hm_kernel_call *k, const hm_backend *b, int i, hm_tensor *t, const hm_packing *packing,
+                         scratch *s) {
   hm_storage *shadow = hm__shadow_get(t->storage, packing->key);
   int status = HM_OK;
   if (!shadow) {
@@ -206,7 +213,8 @@ static int pack_operand(hm_opcall *c, hm_kernel_call *k, const hm_backend *b, in
   int status = b->packing(k, i, &packing);
   if (status || !packing.key) return status;
   hm_tensor *t = c->in[i].t;
-  if (t->offset == 0 && (size_t)t->numel * (size_t)hm_dtype_size(t->dtype) == t->storage->bytes) return packed_shadow(k, b, i, t, &packing, s);
+  if (t->offset == 0 && (size_t)t->numel * (size_t)hm_dtype_size(t->dtype) == t->storage->bytes)
+    return packed_shadow(k, b, i, t, &packing, s);
   status = hm__device_alloc(c->device, packing.bytes, &s->packed);
   if (status) return status;
   s->packed_bytes = packing.bytes;
@@ -242,7 +250,8 @@ static int run_kernel(hm_opcall *c) {
   const int weight = packable(c);
   if (weight >= 0 && b->packing) status = pack_operand(c, &k, b, weight, &held);
   if (!status && c->info->partial && b->supports && !b->supports(&k))
-    status = hm_fail(HM_ERR_UNSUPPORTED, "%s: these arguments are not supported on %s", c->info->name, hm_device_name(c->device));
+    status = hm_fail(HM_ERR_UNSUPPORTED, "%s: these arguments are not supported on %s", c->info->name,
+                     hm_device_name(c->device));
   if (!status && b->workspace_size) status = b->workspace_size(&k, &k.workspace_bytes);
   if (!status && k.workspace_bytes) status = hm__device_alloc(c->device, k.workspace_bytes, &k.workspace);
   if (!status) status = kernel(&k);
@@ -272,11 +281,11 @@ static void log_call(const hm_opcall *c, bool recorded) {
 static int output_dtype(const hm_opcall *c, int i) {
   if (i == 0 && c->out_dtype != HM_NONE) return c->out_dtype;
   switch (c->info->out[i].cls) {
-    case 'f': return c->compute == HM_F64 ? HM_F64 : HM_F32;
-    case 'i': return HM_I64;
-    case 'u': return HM_U8;
-    case 'b': return HM_BOOL;
-    default: return c->dtype;
+  case 'f': return c->compute == HM_F64 ? HM_F64 : HM_F32;
+  case 'i': return HM_I64;
+  case 'u': return HM_U8;
+  case 'b': return HM_BOOL;
+  default: return c->dtype;
   }
 }
 
@@ -296,7 +305,8 @@ static int allocate_outputs(hm_opcall *c) {
 /* Random ops: hands out counters for the output. */
 static void take_random(hm_opcall *c) {
   for (int i = 0; i < c->info->n_attr; i++)
-    if (c->info->attr[i].type == HM_ATTR_RNG && c->attr[i].n == 0) hm_random_take(c->device, c->out[0]->numel, &c->attr[i]);
+    if (c->info->attr[i].type == HM_ATTR_RNG && c->attr[i].n == 0)
+      hm_random_take(c->device, c->out[0]->numel, &c->attr[i]);
 }
 
 /* An operand that overlaps the destination of a write without matching it exactly is copied first. */
@@ -320,7 +330,8 @@ static int separate_from_destination(hm_opcall *c, const hm_tensor *dst) {
 static uint32_t read_by_backward(const hm_opcall *c) {
   uint32_t mask = 0;
   for (int i = 0; i < c->info->n_in; i++)
-    if ((c->info->diff_in >> i & 1) && c->src[i].kind == HM_ARG_TENSOR && c->src[i].t->requires_grad) mask |= c->info->need_in[i];
+    if ((c->info->diff_in >> i & 1) && c->src[i].kind == HM_ARG_TENSOR && c->src[i].t->requires_grad)
+      mask |= c->info->need_in[i];
   return mask;
 }
 
@@ -349,8 +360,10 @@ static int refuse_shared_elements(const hm_opcall *c, const hm_tensor *dst) {
   for (int d = 0; d < dst->ndim; d++) {
     if (dst->stride[d] != 0 || dst->shape[d] <= 1) continue;
     char text[160];
-    return hm_fail(HM_ERR_STATE, "%s: elements of the tensor share memory (it is expanded along dim %d): %s\n  hint: clone() it first", c->info->name,
-                   d + 1, hm_describe(dst, text, sizeof text));
+    return hm_fail(
+        HM_ERR_STATE,
+        "%s: elements of the tensor share memory (it is expanded along dim %d): %s\n  hint: clone() it first",
+        c->info->name, d + 1, hm_describe(dst, text, sizeof text));
   }
   return HM_OK;
 }
@@ -420,7 +433,8 @@ static int call(hm_opcall *c) {
   if (c->info->differentiable || c->info->family < HM_FAMILY_COUNT) mode->grad = false;
   status = compute(c, grad, record);
   mode->grad = grad;
-  const bool recorded = !status && record && hm_dtype_is_float(c->out[0]->dtype); /* a cast to integers ends the graph */
+  const bool recorded =
+      !status && record && hm_dtype_is_float(c->out[0]->dtype); /* a cast to integers ends the graph */
   if (recorded) status = hm__record(c);
   hm_tensor *dst = status || !grad ? NULL : destination(c);
   if (dst) status = hm__rewritten(dst, recorded);
@@ -453,8 +467,8 @@ static int matmul_vectors(const hm_arg *in, int out_dtype, hm_tensor **out) {
 }
 
 int hm_call_as(int op, const hm_arg *in, const hm_attr *attr, int out_dtype, hm_tensor **out) {
-  if (op == HM_OP_MATMUL && in[0].kind == HM_ARG_TENSOR && in[1].kind == HM_ARG_TENSOR && in[0].t->ndim > 0 && in[1].t->ndim > 0 &&
-      (in[0].t->ndim == 1 || in[1].t->ndim == 1))
+  if (op == HM_OP_MATMUL && in[0].kind == HM_ARG_TENSOR && in[1].kind == HM_ARG_TENSOR && in[0].t->ndim > 0 &&
+      in[1].t->ndim > 0 && (in[0].t->ndim == 1 || in[1].t->ndim == 1))
     return matmul_vectors(in, out_dtype, out);
   hm_opcall c;
   init_call(&c, op, in, attr, out_dtype, false);
@@ -463,7 +477,9 @@ int hm_call_as(int op, const hm_arg *in, const hm_attr *attr, int out_dtype, hm_
   return status;
 }
 
-int hm_call(int op, const hm_arg *in, const hm_attr *attr, hm_tensor **out) { return hm_call_as(op, in, attr, HM_NONE, out); }
+int hm_call(int op, const hm_arg *in, const hm_attr *attr, hm_tensor **out) {
+  return hm_call_as(op, in, attr, HM_NONE, out);
+}
 
 int hm_call_inplace(int op, const hm_arg *in, const hm_attr *attr) {
   const hm_op_info *info = &hm__ops[op];

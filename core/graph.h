@@ -29,19 +29,19 @@ typedef struct hm_saved {
 
 struct hm_node {
   _Atomic int32_t refs;
-  int32_t op;                 /* enum hm_op, or HM_NODE_ACCUMULATE / HM_NODE_CUSTOM */
+  int32_t op; /* enum hm_op, or HM_NODE_ACCUMULATE / HM_NODE_CUSTOM */
   uint8_t n_in, n_out;
-  bool freed;                 /* saved tensors are gone: a second backward is an error */
-  uint64_t seq;               /* order of recording; the walk takes the highest first */
-  struct hm_visit *visit;     /* scratch of the innermost walk that has met the node */
-  hm_edge *edge;              /* n_in of them */
-  hm_saved *in;               /* n_in, or NULL */
-  hm_saved *out;              /* n_out, or NULL */
-  hm_attr *attr;              /* the row's attributes */
-  hm_hook *hooks;             /* of non-leaf outputs; see hm_hook.out_nr */
-  hm_tensor *leaf;            /* accumulators: owned; the leaf only borrows its accumulator */
-  bool backward_f32;          /* gradients of this op are computed in float32 (autocast's `backward` option) */
-  struct hm_custom *custom;   /* custom functions: owned */
+  bool freed;               /* saved tensors are gone: a second backward is an error */
+  uint64_t seq;             /* order of recording; the walk takes the highest first */
+  struct hm_visit *visit;   /* scratch of the innermost walk that has met the node */
+  hm_edge *edge;            /* n_in of them */
+  hm_saved *in;             /* n_in, or NULL */
+  hm_saved *out;            /* n_out, or NULL */
+  hm_attr *attr;            /* the row's attributes */
+  hm_hook *hooks;           /* of non-leaf outputs; see hm_hook.out_nr */
+  hm_tensor *leaf;          /* accumulators: owned; the leaf only borrows its accumulator */
+  bool backward_f32;        /* gradients of this op are computed in float32 (autocast's `backward` option) */
+  struct hm_custom *custom; /* custom functions: owned */
 };
 
 enum { HM_NODE_ACCUMULATE = -1, HM_NODE_CUSTOM = -2 };
@@ -50,7 +50,8 @@ enum { HM_NODE_ACCUMULATE = -1, HM_NODE_CUSTOM = -2 };
  *   grad     n_out gradients (NULL where none arrived), borrowed
  *   grad_in  n_in slots, NULL on entry; the function sets new references where hm__wants() says so */
 bool hm__wants(const hm_node *n, int in);
-hm_arg hm__saved_in(hm_node *n, int in, int *status);   /* borrowed for the call; under create_graph it carries its graph */
+hm_arg hm__saved_in(hm_node *n, int in,
+                    int *status); /* borrowed for the call; under create_graph it carries its graph */
 hm_arg hm__saved_out(hm_node *n, int out, int *status); /* likewise */
 void hm__edge_shape(const hm_node *n, int in, hm_attr *shape);
 int64_t hm__edge_size(const hm_node *n, int in, int64_t dim);

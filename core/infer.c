@@ -24,7 +24,8 @@ static int check_rank(const hm_opcall *c, int i, int ndim, const char *meaning) 
   const hm_tensor *t = operand(c, i);
   if (t->ndim == ndim) return HM_OK;
   char text[160];
-  return hm_fail(HM_ERR_SHAPE, "%s: %s must have %d dims %s, got %s", NAME(c), c->info->in[i].name, ndim, meaning, text_of(t, text));
+  return hm_fail(HM_ERR_SHAPE, "%s: %s must have %d dims %s, got %s", NAME(c), c->info->in[i].name, ndim, meaning,
+                 text_of(t, text));
 }
 
 /* ====== Elementwise ====== */
@@ -47,7 +48,9 @@ static bool is_dense(const hm_tensor *t) {
   for (int k = 0; k < t->ndim; k++) {
     int best = -1;
     for (int d = 0; d < t->ndim; d++)
-      if (!(seen >> d & 1) && (best < 0 || t->stride[d] < t->stride[best] || (t->stride[d] == t->stride[best] && t->shape[d] < t->shape[best]))) best = d;
+      if (!(seen >> d & 1) && (best < 0 || t->stride[d] < t->stride[best] ||
+                               (t->stride[d] == t->stride[best] && t->shape[d] < t->shape[best])))
+        best = d;
     seen |= 1u << best;
     if (t->shape[best] == 1) continue;
     if (t->stride[best] != expect) return false;
@@ -76,8 +79,10 @@ static int broadcast_failed(const hm_opcall *c, int i) {
   char a[160], b[160];
   int first = 0;
   while (first < i && c->in[first].kind != HM_ARG_TENSOR) first++;
-  return hm_fail(HM_ERR_SHAPE, "%s: shapes do not broadcast: %s is %s, %s is %s\n  hint: sizes must be equal or 1, counted from the last dim", NAME(c),
-                 c->info->in[first].name, text_of(c->in[first].t, a), c->info->in[i].name, text_of(c->in[i].t, b));
+  return hm_fail(
+      HM_ERR_SHAPE,
+      "%s: shapes do not broadcast: %s is %s, %s is %s\n  hint: sizes must be equal or 1, counted from the last dim",
+      NAME(c), c->info->in[first].name, text_of(c->in[first].t, a), c->info->in[i].name, text_of(c->in[i].t, b));
 }
 
 /* An in-place result must fit the destination's shape and kind of dtype. */
@@ -85,10 +90,13 @@ static int check_destination(const hm_opcall *c, const hm_out_spec *s) {
   const hm_tensor *t = c->in[0].t;
   char text[160];
   if (!same_shape(t, s->ndim, s->shape))
-    return hm_fail(HM_ERR_SHAPE, "%s_: the result does not fit the destination %s: operands broadcast to more\n  hint: use the form that makes a new tensor, %s",
-                   NAME(c), text_of(t, text), NAME(c));
+    return hm_fail(
+        HM_ERR_SHAPE,
+        "%s_: the result does not fit the destination %s: operands broadcast to more\n  hint: use the form that makes a new tensor, %s",
+        NAME(c), text_of(t, text), NAME(c));
   if (hm_dtype_kind(s->dtype) > hm_dtype_kind(t->dtype))
-    return hm_fail(HM_ERR_DTYPE, "%s_: a %s result cannot be kept in %s\n  hint: use the form that makes a new tensor, %s", NAME(c),
+    return hm_fail(HM_ERR_DTYPE,
+                   "%s_: a %s result cannot be kept in %s\n  hint: use the form that makes a new tensor, %s", NAME(c),
                    hm_dtype_name(s->dtype), text_of(t, text), NAME(c));
   return HM_OK;
 }
@@ -126,7 +134,8 @@ static int wrap_dims(hm_opcall *c, hm_attr *dims, int ndim, uint32_t *mask) {
   for (int k = 0; k < dims->n; k++) {
     const int status = hm__wrap_dim(c, &dims->v[k], ndim);
     if (status) return status;
-    if (*mask >> dims->v[k] & 1) return hm_fail(HM_ERR_ARG, "%s: dim %lld is given twice", NAME(c), (long long)dims->v[k] + 1);
+    if (*mask >> dims->v[k] & 1)
+      return hm_fail(HM_ERR_ARG, "%s: dim %lld is given twice", NAME(c), (long long)dims->v[k] + 1);
     *mask |= 1u << dims->v[k];
   }
   return HM_OK;
@@ -142,7 +151,8 @@ static void reduced_spec(const hm_tensor *t, uint32_t mask, bool keepdim, hm_out
 
 /* Ops without a value for nothing. */
 static bool needs_elements(int op) {
-  return op == HM_OP_AMAX || op == HM_OP_AMIN || op == HM_OP_MAX_DIM || op == HM_OP_MIN_DIM || op == HM_OP_ARGMAX || op == HM_OP_ARGMIN;
+  return op == HM_OP_AMAX || op == HM_OP_AMIN || op == HM_OP_MAX_DIM || op == HM_OP_MIN_DIM || op == HM_OP_ARGMAX ||
+         op == HM_OP_ARGMIN;
 }
 
 static int check_elements(const hm_opcall *c, const hm_tensor *t, uint32_t mask) {
@@ -150,7 +160,8 @@ static int check_elements(const hm_opcall *c, const hm_tensor *t, uint32_t mask)
   for (int d = 0; d < t->ndim; d++)
     if ((mask >> d & 1) && t->shape[d] == 0) {
       char text[160];
-      return hm_fail(HM_ERR_SHAPE, "%s: nothing to choose from: dim %d of %s is empty", NAME(c), d + 1, text_of(t, text));
+      return hm_fail(HM_ERR_SHAPE, "%s: nothing to choose from: dim %d of %s is empty", NAME(c), d + 1,
+                     text_of(t, text));
     }
   return HM_OK;
 }
@@ -205,7 +216,8 @@ int hm__infer_index(hm_opcall *c) { /* select_backward(g, index, shape, dim, kee
   }
   if (!same_shape(g, index->ndim, index->shape)) {
     char a[160], b[160];
-    return hm_fail(HM_ERR_SHAPE, "%s: g and index must have one shape: %s and %s", NAME(c), text_of(g, a), text_of(index, b));
+    return hm_fail(HM_ERR_SHAPE, "%s: g and index must have one shape: %s and %s", NAME(c), text_of(g, a),
+                   text_of(index, b));
   }
   spec_shape(&c->spec[0], ndim, c->attr[0].v);
   return HM_OK;
@@ -222,7 +234,8 @@ int hm__infer_norm(hm_opcall *c) {
   }
   if (c->info->n_in == 2 && !same_shape(operand(c, 1), t->ndim, t->shape)) {
     char a[160], b[160];
-    return hm_fail(HM_ERR_SHAPE, "%s: g and out must have one shape: %s and %s", NAME(c), text_of(t, a), text_of(operand(c, 1), b));
+    return hm_fail(HM_ERR_SHAPE, "%s: g and out must have one shape: %s and %s", NAME(c), text_of(t, a),
+                   text_of(operand(c, 1), b));
   }
   spec_shape(&c->spec[0], t->ndim, t->shape);
   keep_layout(c, &c->spec[0]);
@@ -234,8 +247,10 @@ static int check_targets(const hm_opcall *c, const hm_tensor *x, const hm_tensor
   bool fit = x->ndim >= 2 && target->ndim == x->ndim - 1 && target->shape[0] == x->shape[0];
   for (int d = 1; fit && d < target->ndim; d++) fit = target->shape[d] == x->shape[d + 1];
   if (fit) return HM_OK;
-  return hm_fail(HM_ERR_SHAPE, "%s: logits must be [N, C] or [N, C, d...] and targets [N] or [N, d...]: got %s and %s\n  hint: targets are class numbers from 0, not one-hot rows",
-                 NAME(c), text_of(x, a), text_of(target, b));
+  return hm_fail(
+      HM_ERR_SHAPE,
+      "%s: logits must be [N, C] or [N, C, d...] and targets [N] or [N, d...]: got %s and %s\n  hint: targets are class numbers from 0, not one-hot rows",
+      NAME(c), text_of(x, a), text_of(target, b));
 }
 
 int hm__infer_loss(hm_opcall *c) {
@@ -269,14 +284,19 @@ int hm__infer_matmul(hm_opcall *c) {
   const hm_tensor *a = operand(c, 0), *b = operand(c, 1);
   char ta[160], tb[160];
   if (a->ndim < 1 || b->ndim < 1)
-    return hm_fail(HM_ERR_SHAPE, "matmul: operands must have at least one dim: x is %s, y is %s\n  hint: use * for numbers", text_of(a, ta), text_of(b, tb));
+    return hm_fail(HM_ERR_SHAPE,
+                   "matmul: operands must have at least one dim: x is %s, y is %s\n  hint: use * for numbers",
+                   text_of(a, ta), text_of(b, tb));
   const int64_t k = a->shape[a->ndim - 1];
   if (k != b->shape[b->ndim - 2])
-    return hm_fail(HM_ERR_SHAPE, "matmul: inner sizes differ: x is %s, y is %s\n  %lld (dim %d of x) must equal %lld (dim %d of y)", text_of(a, ta),
-                   text_of(b, tb), (long long)k, a->ndim, (long long)b->shape[b->ndim - 2], b->ndim - 1);
+    return hm_fail(HM_ERR_SHAPE,
+                   "matmul: inner sizes differ: x is %s, y is %s\n  %lld (dim %d of x) must equal %lld (dim %d of y)",
+                   text_of(a, ta), text_of(b, tb), (long long)k, a->ndim, (long long)b->shape[b->ndim - 2],
+                   b->ndim - 1);
   hm_out_spec *s = &c->spec[0];
   if (hm_broadcast(a->ndim - 2, a->shape, b->ndim - 2, b->shape, &s->ndim, s->shape))
-    return hm_fail(HM_ERR_SHAPE, "matmul: batch dims do not broadcast: x is %s, y is %s", text_of(a, ta), text_of(b, tb));
+    return hm_fail(HM_ERR_SHAPE, "matmul: batch dims do not broadcast: x is %s, y is %s", text_of(a, ta),
+                   text_of(b, tb));
   s->shape[s->ndim++] = a->shape[a->ndim - 2];
   s->shape[s->ndim++] = b->shape[b->ndim - 1];
   int status = want_matrix(c, 0);
@@ -286,9 +306,10 @@ int hm__infer_matmul(hm_opcall *c) {
 
 static int linear_mismatch(const hm_opcall *c, int64_t got, int dim_x, int64_t want, int dim_w) {
   char a[160], b[160];
-  return hm_fail(HM_ERR_SHAPE, "%s: sizes differ: %s is %s, %s is %s\n  %lld (dim %d of %s) must equal %lld (dim %d of %s)", NAME(c), c->info->in[0].name,
-                 text_of(operand(c, 0), a), c->info->in[1].name, text_of(operand(c, 1), b), (long long)got, dim_x, c->info->in[0].name,
-                 (long long)want, dim_w, c->info->in[1].name);
+  return hm_fail(HM_ERR_SHAPE,
+                 "%s: sizes differ: %s is %s, %s is %s\n  %lld (dim %d of %s) must equal %lld (dim %d of %s)", NAME(c),
+                 c->info->in[0].name, text_of(operand(c, 0), a), c->info->in[1].name, text_of(operand(c, 1), b),
+                 (long long)got, dim_x, c->info->in[0].name, (long long)want, dim_w, c->info->in[1].name);
 }
 
 static int infer_linear_weight(hm_opcall *c) {
@@ -307,13 +328,17 @@ int hm__infer_linear(hm_opcall *c) {
   if (c->op == HM_OP_LINEAR_BACKWARD_WEIGHT) return infer_linear_weight(c);
   const hm_tensor *x = operand(c, 0), *w = operand(c, 1);
   char text[160];
-  if (x->ndim < 1) return hm_fail(HM_ERR_SHAPE, "%s: %s must be [..., features], got %s", NAME(c), c->info->in[0].name, text_of(x, text));
+  if (x->ndim < 1)
+    return hm_fail(HM_ERR_SHAPE, "%s: %s must be [..., features], got %s", NAME(c), c->info->in[0].name,
+                   text_of(x, text));
   int status = check_rank(c, 1, 2, "[out, in]");
   if (status) return status;
   const int in = c->op == HM_OP_LINEAR ? 1 : 0; /* which dim of the weight meets x's last dim */
-  if (x->shape[x->ndim - 1] != w->shape[in]) return linear_mismatch(c, x->shape[x->ndim - 1], x->ndim, w->shape[in], in + 1);
+  if (x->shape[x->ndim - 1] != w->shape[in])
+    return linear_mismatch(c, x->shape[x->ndim - 1], x->ndim, w->shape[in], in + 1);
   if (c->info->n_in > 2 && c->in[2].kind == HM_ARG_TENSOR && !same_shape(operand(c, 2), 1, &w->shape[0]))
-    return hm_fail(HM_ERR_SHAPE, "%s: bias must be [%lld], got %s", NAME(c), (long long)w->shape[0], text_of(operand(c, 2), text));
+    return hm_fail(HM_ERR_SHAPE, "%s: bias must be [%lld], got %s", NAME(c), (long long)w->shape[0],
+                   text_of(operand(c, 2), text));
   spec_shape(&c->spec[0], x->ndim, x->shape);
   c->spec[0].shape[x->ndim - 1] = w->shape[1 - in];
   for (int i = 0; i < c->info->n_in && !status; i++) status = hm__want_contiguous(c, i);
@@ -329,15 +354,17 @@ static int pair(const hm_opcall *c, hm_attr *a, int which, int64_t least) {
     a->v[1] = a->v[0];
   }
   if (a->n == 2 && a->v[0] >= least && a->v[1] >= least) return HM_OK;
-  return hm_fail(HM_ERR_ARG, "%s: %s must be one number or two, each at least %lld", NAME(c), c->info->attr[which].name, (long long)least);
+  return hm_fail(HM_ERR_ARG, "%s: %s must be one number or two, each at least %lld", NAME(c), c->info->attr[which].name,
+                 (long long)least);
 }
 
-static int window_output(const hm_opcall *c, const hm_tensor *x, int d, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t *out) {
+static int window_output(const hm_opcall *c, const hm_tensor *x, int d, int64_t kernel, int64_t stride, int64_t padding,
+                         int64_t dilation, int64_t *out) {
   const int64_t reach = dilation * (kernel - 1) + 1, room = x->shape[d] + 2 * padding - reach;
   char text[160];
   if (room < 0)
-    return hm_fail(HM_ERR_SHAPE, "%s: the window does not fit: it spans %lld along dim %d, x is %s with padding %lld", NAME(c), (long long)reach, d + 1,
-                   text_of(x, text), (long long)padding);
+    return hm_fail(HM_ERR_SHAPE, "%s: the window does not fit: it spans %lld along dim %d, x is %s with padding %lld",
+                   NAME(c), (long long)reach, d + 1, text_of(x, text), (long long)padding);
   *out = room / stride + 1;
   return HM_OK;
 }
@@ -346,11 +373,14 @@ static int window_output(const hm_opcall *c, const hm_tensor *x, int d, int64_t 
 static int check_channels(const hm_opcall *c, const hm_tensor *x, const int64_t *w, int64_t groups) {
   char text[160];
   if (groups < 1 || w[0] % groups)
-    return hm_fail(HM_ERR_ARG, "%s: groups is %lld, which must divide the %lld output channels", NAME(c), (long long)groups, (long long)w[0]);
+    return hm_fail(HM_ERR_ARG, "%s: groups is %lld, which must divide the %lld output channels", NAME(c),
+                   (long long)groups, (long long)w[0]);
   if (x->shape[1] == w[1] * groups) return HM_OK;
-  return hm_fail(HM_ERR_SHAPE, "%s: channels differ: x is %s, weight is [%lld,%lld,%lld,%lld] with groups %lld\n  %lld (dim 2 of x) must equal %lld (dim 2 of weight times groups)",
-                 NAME(c), text_of(x, text), (long long)w[0], (long long)w[1], (long long)w[2], (long long)w[3], (long long)groups,
-                 (long long)x->shape[1], (long long)(w[1] * groups));
+  return hm_fail(
+      HM_ERR_SHAPE,
+      "%s: channels differ: x is %s, weight is [%lld,%lld,%lld,%lld] with groups %lld\n  %lld (dim 2 of x) must equal %lld (dim 2 of weight times groups)",
+      NAME(c), text_of(x, text), (long long)w[0], (long long)w[1], (long long)w[2], (long long)w[3], (long long)groups,
+      (long long)x->shape[1], (long long)(w[1] * groups));
 }
 
 /* The shape that conv2d gives for x and weight; attr points at stride. */
@@ -358,7 +388,8 @@ static int conv_shape(const hm_opcall *c, const hm_tensor *x, const int64_t *w, 
   int status = check_channels(c, x, w, attr[3].i);
   out[0] = x->shape[0];
   out[1] = w[0];
-  for (int d = 0; d < 2 && !status; d++) status = window_output(c, x, d + 2, w[d + 2], attr[0].v[d], attr[1].v[d], attr[2].v[d], &out[d + 2]);
+  for (int d = 0; d < 2 && !status; d++)
+    status = window_output(c, x, d + 2, w[d + 2], attr[0].v[d], attr[1].v[d], attr[2].v[d], &out[d + 2]);
   return status;
 }
 
@@ -371,7 +402,8 @@ static int infer_conv_forward(hm_opcall *c) {
   int status = conv_shape(c, operand(c, 0), w->shape, &c->attr[0], s->shape);
   if (status) return status;
   if (c->in[2].kind == HM_ARG_TENSOR && !same_shape(operand(c, 2), 1, &w->shape[0]))
-    return hm_fail(HM_ERR_SHAPE, "%s: bias must be [%lld], got %s", NAME(c), (long long)w->shape[0], text_of(operand(c, 2), text));
+    return hm_fail(HM_ERR_SHAPE, "%s: bias must be [%lld], got %s", NAME(c), (long long)w->shape[0],
+                   text_of(operand(c, 2), text));
   status = hm__want_channels_last(c, 0);
   if (!status) status = hm__want_contiguous(c, 1);
   return status ? status : hm__want_contiguous(c, 2);
@@ -389,12 +421,13 @@ static int infer_conv_backward(hm_opcall *c) {
     memcpy(x.shape, c->attr[0].v, sizeof(int64_t) * 4);
   }
   int64_t shape[4];
-  int status = conv_shape(c, by_input ? &x : operand(c, 1), by_input ? operand(c, 1)->shape : c->attr[0].v, &c->attr[1], shape);
+  int status =
+      conv_shape(c, by_input ? &x : operand(c, 1), by_input ? operand(c, 1)->shape : c->attr[0].v, &c->attr[1], shape);
   if (status) return status;
   if (!same_shape(g, 4, shape)) {
     char text[160];
-    return hm_fail(HM_ERR_SHAPE, "%s: g must be [%lld,%lld,%lld,%lld], got %s", NAME(c), (long long)shape[0], (long long)shape[1], (long long)shape[2],
-                   (long long)shape[3], text_of(g, text));
+    return hm_fail(HM_ERR_SHAPE, "%s: g must be [%lld,%lld,%lld,%lld], got %s", NAME(c), (long long)shape[0],
+                   (long long)shape[1], (long long)shape[2], (long long)shape[3], text_of(g, text));
   }
   spec_shape(&c->spec[0], 4, c->attr[0].v);
   c->spec[0].channels_last = by_input;
@@ -408,7 +441,8 @@ int hm__infer_conv(hm_opcall *c) {
   hm_attr *attr = &c->attr[forward ? 0 : 1];
   const int first = forward ? 0 : 1;
   int status = check_rank(c, 0, 4, forward ? "[N, C, H, W]" : "[N, O, H, W]");
-  if (!status) status = check_rank(c, 1, 4, c->op == HM_OP_CONV2D_BACKWARD_WEIGHT ? "[N, C, H, W]" : "[O, C/groups, kH, kW]");
+  if (!status)
+    status = check_rank(c, 1, 4, c->op == HM_OP_CONV2D_BACKWARD_WEIGHT ? "[N, C, H, W]" : "[O, C/groups, kH, kW]");
   if (!status) status = pair(c, &attr[0], first, 1);
   if (!status) status = pair(c, &attr[1], first + 1, 0);
   if (!status) status = pair(c, &attr[2], first + 2, 1);
@@ -424,12 +458,15 @@ static int pool_shape(hm_opcall *c, const hm_tensor *x, hm_attr *attr, int first
   if (status) return status;
   for (int d = 0; d < 2; d++)
     if (2 * attr[2].v[d] > attr[0].v[d])
-      return hm_fail(HM_ERR_ARG, "%s: padding %lld is more than half the kernel size %lld", NAME(c), (long long)attr[2].v[d], (long long)attr[0].v[d]);
+      return hm_fail(HM_ERR_ARG, "%s: padding %lld is more than half the kernel size %lld", NAME(c),
+                     (long long)attr[2].v[d], (long long)attr[0].v[d]);
   if (attr[0].v[0] * attr[0].v[1] > 256)
-    return hm_fail(HM_ERR_ARG, "%s: a window of %lld places is too large; at most 256", NAME(c), (long long)(attr[0].v[0] * attr[0].v[1]));
+    return hm_fail(HM_ERR_ARG, "%s: a window of %lld places is too large; at most 256", NAME(c),
+                   (long long)(attr[0].v[0] * attr[0].v[1]));
   out[0] = x->shape[0];
   out[1] = x->shape[1];
-  for (int d = 0; d < 2 && !status; d++) status = window_output(c, x, d + 2, attr[0].v[d], attr[1].v[d], attr[2].v[d], 1, &out[d + 2]);
+  for (int d = 0; d < 2 && !status; d++)
+    status = window_output(c, x, d + 2, attr[0].v[d], attr[1].v[d], attr[2].v[d], 1, &out[d + 2]);
   return status;
 }
 
@@ -454,8 +491,9 @@ int hm__infer_pool(hm_opcall *c) {
   if (status) return status;
   if (!same_shape(operand(c, 0), 4, shape) || !same_shape(operand(c, 1), 4, shape)) {
     char a[160], b[160];
-    return hm_fail(HM_ERR_SHAPE, "%s: g and index must be [%lld,%lld,%lld,%lld], got %s and %s", NAME(c), (long long)shape[0], (long long)shape[1],
-                   (long long)shape[2], (long long)shape[3], text_of(operand(c, 0), a), text_of(operand(c, 1), b));
+    return hm_fail(HM_ERR_SHAPE, "%s: g and index must be [%lld,%lld,%lld,%lld], got %s and %s", NAME(c),
+                   (long long)shape[0], (long long)shape[1], (long long)shape[2], (long long)shape[3],
+                   text_of(operand(c, 0), a), text_of(operand(c, 1), b));
   }
   spec_shape(&c->spec[0], 4, c->attr[0].v);
   c->spec[0].channels_last = true;
@@ -472,7 +510,8 @@ static int check_copy(const hm_opcall *c) {
   int64_t shape[HM_MAX_NDIM];
   if (!hm_broadcast(x->ndim, x->shape, src->ndim, src->shape, &ndim, shape) && same_shape(x, ndim, shape)) return HM_OK;
   char a[160], b[160];
-  return hm_fail(HM_ERR_SHAPE, "copy_: the source does not broadcast to the destination: x is %s, src is %s", text_of(x, a), text_of(src, b));
+  return hm_fail(HM_ERR_SHAPE, "copy_: the source does not broadcast to the destination: x is %s, src is %s",
+                 text_of(x, a), text_of(src, b));
 }
 
 int hm__infer_copy(hm_opcall *c) {
@@ -492,7 +531,9 @@ int hm__infer_copy(hm_opcall *c) {
 int hm__infer_fill(hm_opcall *c) {
   if (c->op == HM_OP_EYE_) return check_rank(c, 0, 2, "(a matrix)");
   for (int i = 1; i < c->info->n_in; i++)
-    if (c->in[i].kind == HM_ARG_TENSOR) return hm_fail(HM_ERR_ARG, "%s: %s must be a number, got a tensor\n  hint: copy_ takes tensors", NAME(c), c->info->in[i].name);
+    if (c->in[i].kind == HM_ARG_TENSOR)
+      return hm_fail(HM_ERR_ARG, "%s: %s must be a number, got a tensor\n  hint: copy_ takes tensors", NAME(c),
+                     c->info->in[i].name);
   return HM_OK;
 }
 
@@ -500,13 +541,15 @@ int hm__infer_random(hm_opcall *c) {
   const hm_tensor *t = operand(c, 0);
   if (c->op == HM_OP_RANDOM_) {
     if (c->attr[0].i >= c->attr[1].i)
-      return hm_fail(HM_ERR_ARG, "random_: low %lld must be less than high %lld", (long long)c->attr[0].i, (long long)c->attr[1].i);
+      return hm_fail(HM_ERR_ARG, "random_: low %lld must be less than high %lld", (long long)c->attr[0].i,
+                     (long long)c->attr[1].i);
     return HM_OK;
   }
   if (!hm_dtype_is_float(t->dtype)) {
     char text[160];
     return hm_fail(HM_ERR_DTYPE, "%s: needs a floating dtype, came %s", NAME(c), hm_describe(t, text, sizeof text));
   }
-  if (c->op == HM_OP_NORMAL_ && !(c->attr[1].f >= 0)) return hm_fail(HM_ERR_ARG, "normal_: std must not be negative, got %g", c->attr[1].f);
+  if (c->op == HM_OP_NORMAL_ && !(c->attr[1].f >= 0))
+    return hm_fail(HM_ERR_ARG, "normal_: std must not be negative, got %g", c->attr[1].f);
   return HM_OK;
 }

@@ -70,7 +70,8 @@ struct hm_storage {
   _Atomic int32_t refs;
   int32_t device;
   uint32_t version; /* bumped by every write after creation */
-  uint32_t rewrites; /* of its writes, those that changed a graph: views taken before one belong to the graph as it was */
+  uint32_t
+      rewrites; /* of its writes, those that changed a graph: views taken before one belong to the graph as it was */
   void *data;
   size_t bytes;
   struct hm_shadow *shadows; /* derived read-only copies, see shadow.c */
@@ -79,12 +80,13 @@ int hm__storage_new(size_t bytes, int device, hm_storage **out); /* new referenc
 void hm__storage_retain(hm_storage *s);
 void hm__storage_release(hm_storage *s);
 /* A tensor on an existing storage, geometry as given; takes over nothing, retains s. */
-int hm__tensor_on(hm_storage *s, int dtype, int ndim, const int64_t *shape, const int64_t *stride, int64_t offset, hm_tensor **out);
+int hm__tensor_on(hm_storage *s, int dtype, int ndim, const int64_t *shape, const int64_t *stride, int64_t offset,
+                  hm_tensor **out);
 /* A new tensor by spec (row-major, channels-last or dense strides as given). */
 int hm__tensor_by_spec(const hm_out_spec *spec, int device, hm_tensor **out);
 void hm__row_major(int ndim, const int64_t *shape, int64_t *stride);
 void hm__channels_last_strides(const int64_t *shape, int64_t *stride); /* 4-d */
-void hm__touch(hm_tensor *t); /* marks a write: bumps the version */
+void hm__touch(hm_tensor *t);                                          /* marks a write: bumps the version */
 void hm__view_of(const hm_tensor *t, hm_view *v);
 void hm__count_layout_copy(int device);
 /* Copies src into dst through the device's COPY kernel: equal shapes, any strides, converted once.  No autograd, no log. */

@@ -44,10 +44,8 @@ static void list_add(hm_shadow *h) {
 
 static void list_remove(hm_shadow *h) {
   pthread_mutex_lock(&lock);
-  if (h->all_prev)
-    h->all_prev->all_next = h->all_next;
-  else
-    all = h->all_next;
+  if (h->all_prev) h->all_prev->all_next = h->all_next;
+  else all = h->all_next;
   if (h->all_next) h->all_next->all_prev = h->all_prev;
   pthread_mutex_unlock(&lock);
 }

@@ -96,8 +96,10 @@ static hm_node *new_node(int op, int n_in, int n_out, bool save_in, bool save_ou
 /* A view of a tensor that was changed in place since: its node knows nothing of the change. */
 static int refuse_stale_view(const hm_tensor *t) {
   char text[160];
-  return hm_fail(HM_ERR_STATE, "autograd: the tensor that this view was taken of has been changed in place since: %s\n  hint: take the view again",
-                 hm_describe(t, text, sizeof text));
+  return hm_fail(
+      HM_ERR_STATE,
+      "autograd: the tensor that this view was taken of has been changed in place since: %s\n  hint: take the view again",
+      hm_describe(t, text, sizeof text));
 }
 
 int hm__grad_target(hm_tensor *t, hm_node **out) {
@@ -146,7 +148,9 @@ static bool wants_gradient(const hm_opcall *c, int i) {
 /* Under create_graph, an op of the backward walk without a derivative is recorded all the same, as a dead end: a walk that comes there says so,
  * where leaving it out would lose its share of the gradient in silence. */
 static bool is_dead_end(const hm_opcall *c) {
-  if (c->info->differentiable || c->info->family >= HM_FAMILY_COUNT || !hm__in_backward() || !strstr(c->info->name, "_backward")) return false;
+  if (c->info->differentiable || c->info->family >= HM_FAMILY_COUNT || !hm__in_backward() ||
+      !strstr(c->info->name, "_backward"))
+    return false;
   for (int i = 0; i < c->info->n_in; i++)
     if (c->src[i].kind == HM_ARG_TENSOR && c->src[i].t->requires_grad) return true;
   return false;
@@ -218,11 +222,15 @@ int hm__check_inplace(const hm_opcall *c, hm_tensor *t, bool record) {
   char text[160];
   if (!record && !t->requires_grad) return HM_OK;
   if (t->requires_grad && !t->node)
-    return hm_fail(HM_ERR_STATE, "%s: a leaf that wants a gradient cannot be changed in place: %s\n  hint: do it inside hm.no_grad, or make a new tensor",
-                   c->info->name, hm_describe(t, text, sizeof text));
+    return hm_fail(
+        HM_ERR_STATE,
+        "%s: a leaf that wants a gradient cannot be changed in place: %s\n  hint: do it inside hm.no_grad, or make a new tensor",
+        c->info->name, hm_describe(t, text, sizeof text));
   if (t->is_view)
-    return hm_fail(HM_ERR_STATE, "%s: a view cannot be changed in place while gradients are recorded: %s\n  hint: clone() it first, or do it inside hm.no_grad",
-                   c->info->name, hm_describe(t, text, sizeof text));
+    return hm_fail(
+        HM_ERR_STATE,
+        "%s: a view cannot be changed in place while gradients are recorded: %s\n  hint: clone() it first, or do it inside hm.no_grad",
+        c->info->name, hm_describe(t, text, sizeof text));
   return HM_OK;
 }
 
@@ -247,7 +255,8 @@ int hm__node_saved(const hm_node *n, hm_tensor **list, int max) {
 
 /* ====== Custom functions ====== */
 
-static int record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out, hm_custom *custom) {
+static int record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out,
+                         hm_custom *custom) {
   if (n_in > UINT8_MAX || n_out > UINT8_MAX)
     return hm_fail(HM_ERR_ARG, "%s: a function takes at most %d tensors and returns at most as many", name, UINT8_MAX);
   hm_node *n = new_node(HM_NODE_CUSTOM, n_in, n_out, false, false, 0);
@@ -256,7 +265,8 @@ static int record_custom(const char *name, hm_tensor *const *in, int n_in, hm_te
   for (int i = 0; i < n_in && !status; i++) status = make_edge(&n->edge[i], in[i], true, false);
   for (int i = 0; i < n_out && !status; i++) {
     if (out[i]->node || out[i]->requires_grad)
-      status = hm_fail(HM_ERR_STATE, "%s: output %d already has a graph\n  hint: compute outputs inside hm.no_grad", name, i + 1);
+      status = hm_fail(HM_ERR_STATE, "%s: output %d already has a graph\n  hint: compute outputs inside hm.no_grad",
+                       name, i + 1);
   }
   for (int i = 0; i < n_out && !status; i++)
     if (hm_dtype_is_float(out[i]->dtype)) status = hang(out[i], n, i);
@@ -265,8 +275,8 @@ static int record_custom(const char *name, hm_tensor *const *in, int n_in, hm_te
   return status;
 }
 
-int hm_record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out, hm_custom_fn fn, void *ud,
-                     void (*drop)(void *ud)) {
+int hm_record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out,
+                     hm_custom_fn fn, void *ud, void (*drop)(void *ud)) {
   bool wanted = false;
   for (int i = 0; i < n_in; i++) wanted = wanted || in[i]->requires_grad;
   int status = HM_OK;

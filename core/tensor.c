@@ -153,10 +153,8 @@ static int measure(int ndim, const int64_t *shape, int dtype, int64_t *numel, si
     if (shape[d] < 0)
       return hm_fail(HM_ERR_SHAPE, "new tensor: expected sizes of 0 or more, came %lld for dim %d", (long long)shape[d],
                      d + 1);
-    if (shape[d] == 0)
-      empty = true;
-    else
-      overflow |= __builtin_mul_overflow(n, shape[d], &n);
+    if (shape[d] == 0) empty = true;
+    else overflow |= __builtin_mul_overflow(n, shape[d], &n);
   }
   overflow |= __builtin_mul_overflow(n, (int64_t)hm_dtype_size(dtype), &total);
   if (overflow) return hm_fail(HM_ERR_SHAPE, "new tensor: its size in bytes does not fit 63 bits");
@@ -364,10 +362,8 @@ const char *hm_describe(const hm_tensor *t, char *buffer, size_t size) {
   size_t n = 0;
   for (int d = 0; d < t->ndim; d++)
     n += (size_t)snprintf(dims + n, sizeof dims - n, d ? ",%lld" : "%lld", (long long)t->shape[d]);
-  if (hm_tensor_is_dropped(t))
-    snprintf(buffer, size, "%s[%s], released", hm_dtype_short(t->dtype), dims);
-  else
-    snprintf(buffer, size, "%s[%s] on %s", hm_dtype_short(t->dtype), dims, hm_device_name(t->storage->device));
+  if (hm_tensor_is_dropped(t)) snprintf(buffer, size, "%s[%s], released", hm_dtype_short(t->dtype), dims);
+  else snprintf(buffer, size, "%s[%s] on %s", hm_dtype_short(t->dtype), dims, hm_device_name(t->storage->device));
   return buffer;
 }
 
@@ -700,10 +696,8 @@ int hm__hooks_run(hm_hook *list, int out_nr, hm_tensor **grad) {
     if (!h->fn || h->out_nr != out_nr) continue;
     hm_tensor *replacement = NULL;
     status = h->fn(h->ud, *grad, &replacement);
-    if (status)
-      hm_tensor_release(replacement);
-    else if (replacement)
-      status = replace_grad(grad, replacement);
+    if (status) hm_tensor_release(replacement);
+    else if (replacement) status = replace_grad(grad, replacement);
   }
   if (--hooks_running == 0) bury();
   return status;

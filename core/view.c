@@ -185,10 +185,8 @@ static int infer_flatten(hm_opcall *c) {
     return hm_fail(HM_ERR_ARG, "flatten: expected start_dim before end_dim, came %d and %d", first + 1, last + 1);
   geometry g = {.ndim = 0};
   for (int d = 0; d < x->ndim; d++) {
-    if (d > first && d <= last)
-      g.shape[g.ndim - 1] *= x->shape[d];
-    else
-      append(&g, x->shape[d], 0);
+    if (d > first && d <= last) g.shape[g.ndim - 1] *= x->shape[d];
+    else append(&g, x->shape[d], 0);
   }
   return give_shape(c, g.ndim, g.shape, true);
 }

@@ -65,7 +65,7 @@ typedef enum hm_dtype {
 #define X(id, name, short_name, bytes, kind) HM_##id,
   HM_DTYPE_MAP(X)
 #undef X
-  HM_DTYPE_COUNT
+      HM_DTYPE_COUNT
 } hm_dtype;
 
 static inline int hm_dtype_size(int dtype) {
@@ -116,7 +116,8 @@ enum {
   HM_VIEW_ABSENT = 1, /* optional input not given; nothing else is set */
   HM_VIEW_SCALAR = 2, /* a Lua number: dtype is F64 or I64, the value lies in `scalar`, strides are 0.  "Weak": it is
                          converted once, straight into the type the kernel computes in */
-  HM_VIEW_PACKED = 4  /* data is in the backend's own layout, made by pack(); shape and strides describe the plain tensor */
+  HM_VIEW_PACKED =
+      4 /* data is in the backend's own layout, made by pack(); shape and strides describe the plain tensor */
 };
 
 typedef struct hm_view {
@@ -188,16 +189,16 @@ typedef struct hm_multi_group {
   double momentum, dampening;
   double beta1, beta2, eps;
   double bias_correction1, bias_correction2; /* 1 - beta^t, computed by core in double */
-  bool nesterov, maximize, decoupled;        /* decoupled: AdamW; else weight decay is added to the gradient (Adam, SGD) */
-  bool first;                                /* SGD: the momentum buffer starts as the gradient */
+  bool nesterov, maximize, decoupled; /* decoupled: AdamW; else weight decay is added to the gradient (Adam, SGD) */
+  bool first;                         /* SGD: the momentum buffer starts as the gradient */
 } hm_multi_group;
 
 typedef enum hm_multi_op {
   HM_MULTI_CHECK,   /* pass 1: reads grads, writes stat[] */
   HM_MULTI_UNSCALE, /* grad *= inv_scale, in place, and stat[] as CHECK would */
   HM_MULTI_SCALE,   /* grad *= grad_mul (clipping by norm on gradients already unscaled) */
-  HM_MULTI_SGD,     /* pass 2: g = grad * inv_scale * grad_mul; updates param, state, low; writes g back to grad when it differs */
-  HM_MULTI_ADAM     /* pass 2 for Adam and AdamW (PyTorch's formula: eps outside the corrected square root) */
+  HM_MULTI_SGD, /* pass 2: g = grad * inv_scale * grad_mul; updates param, state, low; writes g back to grad when it differs */
+  HM_MULTI_ADAM /* pass 2 for Adam and AdamW (PyTorch's formula: eps outside the corrected square root) */
 } hm_multi_op;
 
 typedef struct hm_multi_call {
@@ -233,8 +234,8 @@ typedef enum hm_family {
 #define X(id, name) HM_FAMILY_##id,
   HM_FAMILY_MAP(X)
 #undef X
-  HM_FAMILY_COUNT,
-  HM_FAMILY_VIEW, /* no kernel: core changes shape and strides */
+      HM_FAMILY_COUNT,
+  HM_FAMILY_VIEW,     /* no kernel: core changes shape and strides */
   HM_FAMILY_COMPOSITE /* no kernel: core runs other ops */
 } hm_family;
 
@@ -343,9 +344,9 @@ const hm_backend *hm_backend_cpu(const hm_host *host);
 
 /* What the CPU backend found and chose, for `halfmoon --version` and hm.cpu.features(). */
 typedef struct hm_cpu_features {
-  const char *isa; /* "baseline", "avx2" or "avx512": what the kernels run with */
+  const char *isa;                           /* "baseline", "avx2" or "avx512": what the kernels run with */
   bool avx2, f16c, avx512, avx512_bf16, amx; /* what the processor has and HALFMOON_ISA allows */
-  bool native_bf16; /* bf16 matrix products by bfloat16 instructions */
+  bool native_bf16;                          /* bf16 matrix products by bfloat16 instructions */
   int threads;
   int onednn_version[3];
 } hm_cpu_features;

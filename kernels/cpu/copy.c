@@ -141,9 +141,8 @@ static void plain_tile(const job *j, char *dst, const char *src, int64_t rows, i
   const int64_t drow = j->row_dim >= 0 ? j->loop.stride[0][j->row_dim] : 0,
                 srow = j->row_dim >= 0 ? j->loop.stride[1][j->row_dim] : 0;
   if (dcol == 1 && scol == 1 && (cols >= LONG_ROW || rows == 1)) {
-    for (int64_t r = 0; r < rows; r++)
-      HM_ISA_FN(hm_cpu_convert)
-      (dst + r * drow * j->dst_size, j->dst_dtype, src + r * srow * j->src_size, j->src_dtype, cols);
+    for (int64_t r = 0; r < rows; r++) HM_ISA_FN(hm_cpu_convert)
+    (dst + r * drow * j->dst_size, j->dst_dtype, src + r * srow * j->src_size, j->src_dtype, cols);
   } else if (j->dst_dtype == j->src_dtype) {
     copy_2d(j->dst_size, dst, drow, dcol, src, srow, scol, rows, cols);
   } else {

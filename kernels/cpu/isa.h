@@ -28,9 +28,10 @@ typedef struct hm_isa {
   void (*convert)(void *dst, int dst_dtype, const void *src, int src_dtype, int64_t n);
 
   /* Families. */
-  int (*elementwise)(const hm_kernel_call *call); /* elementwise.c: generated tile functions and the engine that feeds them */
-  int (*copy)(const hm_kernel_call *call);        /* copy.c: cast, copy_ */
-  int (*fill)(const hm_kernel_call *call);        /* fill.c: fill_, arange_, eye_ */
+  int (*elementwise)(
+      const hm_kernel_call *call);         /* elementwise.c: generated tile functions and the engine that feeds them */
+  int (*copy)(const hm_kernel_call *call); /* copy.c: cast, copy_ */
+  int (*fill)(const hm_kernel_call *call); /* fill.c: fill_, arange_, eye_ */
   int (*random)(const hm_kernel_call *call);      /* fill.c: uniform_, normal_, random_ */
   int (*reduce)(const hm_kernel_call *call);      /* reduce.c */
   int (*index)(const hm_kernel_call *call);       /* index.c: select_backward */

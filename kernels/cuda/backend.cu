@@ -26,6 +26,8 @@ static struct {
 
 static thread_local int thread_device = -1;
 
+enum { OPTIMIZER = -1, USER_KERNEL = -2 }; /* among ids of ops */
+
 /* ====== Messages ====== */
 
 int hm_cuda_fail(int code, const char *format, ...) {
@@ -52,14 +54,14 @@ static const char *recent_ops(const hm_cuda_device *d, char *text, size_t size) 
   const int n = d->n_recent < HM_CUDA_RECENT ? d->n_recent : HM_CUDA_RECENT;
   for (int i = 0; i < n && at + 1 < size; i++) {
     const int op = d->recent[(d->n_recent - n + i) % HM_CUDA_RECENT];
-    const char *name = op >= 0 ? hm_cuda_op_name(op) : "a kernel of the user's or the optimizer's";
+    const char *name = op >= 0 ? hm_cuda_op_name(op) : (op == OPTIMIZER ? "the optimizer" : "a user's kernel");
     const int wrote = snprintf(text + at, size - at, "%s%s", i ? ", " : (d->n_recent > n ? "..., " : ""), name);
     at += wrote > 0 ? (size_t)wrote : 0;
   }
   return text;
 }
 
-/* What the test double saw; nothing on a real device. */
+/* What the test double's cuBLAS complained about; nothing on a real device. */
 static const char *details(void) {
 #ifdef HALFMOON_EMU
   static char text[512];
@@ -77,11 +79,11 @@ static int report_lost(hm_cuda_device *d, const char *what) {
   char ops[384];
   const char *text = cudaGetErrorString(d->lost);
   if (cuda.wait_always)
-    return hm_cuda_fail(HM_ERR_DEVICE, "%s: cuda:%d: %s%s\n  hint: the device cannot be used again in this process", what, d->index, text, details());
+    return hm_cuda_fail(HM_ERR_DEVICE, "%s: cuda:%d: %s\n  hint: the device cannot be used again in this process", what, d->index, text);
   return hm_cuda_fail(HM_ERR_DEVICE,
-                      "%s: cuda:%d: %s, in work queued earlier%s\n  queued since the last wait: %s\n  hint: HALFMOON_CUDA_SYNC=1 waits after each op "
+                      "%s: cuda:%d: %s, in work queued earlier\n  queued since the last wait: %s\n  hint: HALFMOON_CUDA_SYNC=1 waits after each op "
                       "and names the one that failed; the device cannot be used again in this process",
-                      what, d->index, text, details(), recent_ops(d, ops, sizeof ops));
+                      what, d->index, text, recent_ops(d, ops, sizeof ops));
 }
 
 int hm_cuda_device_status(hm_cuda_device *d, cudaError_t error, const char *what) {
@@ -97,7 +99,7 @@ int hm_cuda_device_status(hm_cuda_device *d, cudaError_t error, const char *what
     return hm_cuda_fail(HM_ERR_DEVICE,
                         "%s: cuda:%d has compute capability %d.%d, for which the plug-in has no code\n  hint: build with `make cuda-all`", what,
                         d->index, d->major, d->minor);
-  return hm_cuda_fail(HM_ERR_INTERNAL, "%s: cuda:%d: %s (%s)%s", what, d->index, cudaGetErrorString(error), cudaGetErrorName(error), details());
+  return hm_cuda_fail(HM_ERR_INTERNAL, "%s: cuda:%d: %s (%s)", what, d->index, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
 int hm_cuda_status(cudaError_t error, const char *what) {
@@ -286,7 +288,7 @@ static int multi_tensor(const hm_multi_call *call) {
   hm_multi_call on_stream = *call;
   on_stream.stream = d->compute;
   cuda.current = d;
-  remember(d, -1);
+  remember(d, OPTIMIZER);
   return settle(d, hm_cuda_multi_tensor(&on_stream), "optimizer");
 }
 
@@ -339,7 +341,7 @@ static int user_launch(hm_user_kernel *kernel, const int64_t grid[3], const int6
   const int status = check(d, "kernel");
   if (status) return status;
   cuda.current = d;
-  remember(d, -1);
+  remember(d, USER_KERNEL);
   return settle(d, hm_cuda_user_launch(d, kernel, grid, block, shared_bytes, arg, n), "kernel");
 }
 

@@ -127,8 +127,8 @@ static inline unsigned hm_row_blocks(int64_t rows, hm_row_plan plan) {
 template <class T> struct hm_long_sum {
   T sum, lost;
   __device__ __forceinline__ void add(T x) {
-    const T y = x - lost, s = sum + y;
-    lost = s - sum == s - sum ? (s - sum) - y : (T)0; /* not for infinity and NaN */
+    const T y = x - lost, s = sum + y, l = (s - sum) - y;
+    lost = l - l == (T)0 ? l : (T)0; /* infinity and NaN lose nothing */
     sum = s;
   }
 };
