@@ -110,7 +110,7 @@ endif
 
 help: ## this list
 	@printf 'Halfmoon.  Targets:\n'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(filter %akefile %.mk,$(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@printf 'Settings: V=1 (show commands), SPEC=spec/x_spec.lua FILTER=name (one test), PREFIX=, BUILD=, CC=, OPT=-O0\n'
 
 all: $(PROGRAM) $(MODULE) $(LIB) ## the program, the module for stock Lua, the C library
@@ -126,7 +126,7 @@ run-demo:
 
 test: ## install what is missing, build, run every check
 	@scripts/bootstrap test
-	@$(MAKE) $(jobs) all
+	@$(MAKE) $(jobs) all cuda-emu
 	@$(MAKE) run-test
 run-test:
 	$(Q)SPEC='$(SPEC)' FILTER='$(FILTER)' BUILD='$(BUILD)' LUA='$(LUA)' scripts/test
@@ -238,5 +238,9 @@ $(MODULE): $(BIND_O) $(LIB)
 	$(call say,LD,$@)
 	@echo '{ global: luaopen_halfmoon_core; local: *; };' > $(OBJ)/module.map
 	$(Q)$(CC) $(LINK) $(LDFLAGS) -shared -Wl,--version-script=$(OBJ)/module.map -o $@ $(BIND_O) $(LIB) $(LIBS)
+
+# The CUDA backend: a plug-in of its own (make cuda), and the same sources on a test double (make cuda-emu), which the specs run.
+include kernels/emu/emu.mk
+include kernels/cuda/cuda.mk
 
 -include $(LIB_O:.o=.d) $(BIND_O:.o=.d) $(PROG_O:.o=.d)

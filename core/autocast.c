@@ -71,15 +71,15 @@ static int cast_weight(hm_tensor *t, int low, hm_tensor **out) {
     return hm__tensor_on(shadow, low, t->ndim, t->shape, t->stride, 0, out);
   }
   stats.misses++;
-  int status = hm__shadow_make(t->storage, HM_SHADOW_DTYPE(low), (size_t)t->numel * (size_t)hm_dtype_size(low), &shadow);
+  int status =
+      hm__shadow_make(t->storage, HM_SHADOW_DTYPE(low), (size_t)t->numel * (size_t)hm_dtype_size(low), &shadow);
   if (status) return status;
   hm_tensor *copy = NULL, *same = NULL;
   status = hm__tensor_on(shadow, low, t->ndim, t->shape, t->stride, 0, &copy);
   if (!status) status = hm_op_copy_(hm_t(copy), hm_t(t), &same);
   hm_tensor_release(same);
   if (!status) *out = copy;
-  else { /* the shadow holds no values */
-    hm_tensor_release(copy);
+  else { /* the shadow holds no values */ hm_tensor_release(copy);
     hm__shadow_drop_all(t->storage);
   }
   return status;
@@ -122,8 +122,8 @@ static int settle_integers(hm_opcall *c) {
     const hm_tensor *t = NULL;
     for (int i = 0; i < c->info->n_in && !t; i++)
       if (c->in[i].kind == HM_ARG_TENSOR && is_class(c->info->in[i].cls)) t = c->in[i].t;
-    return hm_fail(HM_ERR_DTYPE, "%s: needs a floating dtype, came %s\n  hint: convert with :to(\"f32\")", c->info->name,
-                   t ? hm_describe(t, text, sizeof text) : hm_dtype_name(c->dtype));
+    return hm_fail(HM_ERR_DTYPE, "%s: needs a floating dtype, came %s\n  hint: convert with :to(\"f32\")",
+                   c->info->name, t ? hm_describe(t, text, sizeof text) : hm_dtype_name(c->dtype));
   }
   c->dtype = HM_F32;
   return HM_OK;
@@ -135,9 +135,11 @@ static int check_agreement(const hm_opcall *c) {
   for (int i = 0; i < c->info->n_in; i++) {
     if (c->in[i].kind != HM_ARG_TENSOR || c->info->in[i].optional || c->in[i].t->dtype == c->dtype) continue;
     char a[160], b[160];
-    return hm_fail(HM_ERR_DTYPE, "%s: dtypes differ: %s is %s, %s is %s\n  hint: convert one with :to(\"%s\"), or run inside amp.autocast", c->info->name,
-                   c->info->in[0].name, hm_describe(c->in[0].t, a, sizeof a), c->info->in[1].name, hm_describe(c->in[1].t, b, sizeof b),
-                   hm_dtype_short(c->dtype));
+    return hm_fail(
+        HM_ERR_DTYPE,
+        "%s: dtypes differ: %s is %s, %s is %s\n  hint: convert one with :to(\"%s\"), or run inside amp.autocast",
+        c->info->name, c->info->in[0].name, hm_describe(c->in[0].t, a, sizeof a), c->info->in[1].name,
+        hm_describe(c->in[1].t, b, sizeof b), hm_dtype_short(c->dtype));
   }
   return HM_OK;
 }

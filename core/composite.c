@@ -90,7 +90,8 @@ static int move_and_cast(hm_tensor *t, int dtype, int device, hm_tensor **out) {
 int hm_to(hm_tensor *t, int dtype, int device, bool copy, hm_tensor **out) {
   *out = NULL;
   if (hm_tensor_is_dropped(t)) return hm_fail(HM_ERR_STATE, "to: the tensor was released");
-  if (device >= 0 && device != hm_tensor_device(t)) return hm_device_backend(device) ? move_and_cast(t, dtype, device, out) : HM_ERR_DEVICE;
+  if (device >= 0 && device != hm_tensor_device(t))
+    return hm_device_backend(device) ? move_and_cast(t, dtype, device, out) : HM_ERR_DEVICE;
   if (!copy && (dtype == HM_NONE || dtype == t->dtype)) {
     *out = hm_tensor_retain(t);
     return HM_OK;
@@ -124,11 +125,11 @@ static int cat_spec(hm_tensor *const *list, int n, int dim, int *dtype, int64_t 
     bool fit = list[i]->ndim == first->ndim;
     for (int d = 0; fit && d < first->ndim; d++) fit = d == dim || list[i]->shape[d] == first->shape[d];
     if (!fit)
-      return hm_fail(HM_ERR_SHAPE, "cat: sizes must agree in every dim but %d: tensor 1 is %s, tensor %d is %s", dim + 1, hm_describe(first, a, sizeof a), i + 1,
-                     hm_describe(list[i], b, sizeof b));
+      return hm_fail(HM_ERR_SHAPE, "cat: sizes must agree in every dim but %d: tensor 1 is %s, tensor %d is %s",
+                     dim + 1, hm_describe(first, a, sizeof a), i + 1, hm_describe(list[i], b, sizeof b));
     if (hm_tensor_device(list[i]) != hm_tensor_device(first))
-      return hm_fail(HM_ERR_DEVICE, "cat: tensors on different devices: tensor 1 is %s, tensor %d is %s", hm_describe(first, a, sizeof a), i + 1,
-                     hm_describe(list[i], b, sizeof b));
+      return hm_fail(HM_ERR_DEVICE, "cat: tensors on different devices: tensor 1 is %s, tensor %d is %s",
+                     hm_describe(first, a, sizeof a), i + 1, hm_describe(list[i], b, sizeof b));
     *dtype = hm_promote(*dtype, list[i]->dtype);
     shape[dim] += list[i]->shape[dim];
   }
@@ -184,7 +185,8 @@ int hm_cat(hm_tensor *const *list, int n, int dim, hm_tensor **out) {
     if (hm_tensor_is_dropped(list[i])) return hm_fail(HM_ERR_STATE, "cat: tensor %d was released", i + 1);
   const int ndim = list[0]->ndim;
   if (dim < -ndim || dim >= ndim)
-    return hm_fail(HM_ERR_SHAPE, "cat: dim out of range: the tensors have %d dims, valid are 1 to %d, or -%d to -1", ndim, ndim, ndim);
+    return hm_fail(HM_ERR_SHAPE, "cat: dim out of range: the tensors have %d dims, valid are 1 to %d, or -%d to -1",
+                   ndim, ndim, ndim);
   if (dim < 0) dim += ndim;
   int dtype;
   int64_t shape[HM_MAX_NDIM];
@@ -211,8 +213,8 @@ static int same_shapes(hm_tensor *const *list, int n) {
     bool same = list[i]->ndim == list[0]->ndim;
     for (int d = 0; same && d < list[0]->ndim; d++) same = list[i]->shape[d] == list[0]->shape[d];
     if (!same)
-      return hm_fail(HM_ERR_SHAPE, "stack: shapes must agree: tensor 1 is %s, tensor %d is %s", hm_describe(list[0], a, sizeof a), i + 1,
-                     hm_describe(list[i], b, sizeof b));
+      return hm_fail(HM_ERR_SHAPE, "stack: shapes must agree: tensor 1 is %s, tensor %d is %s",
+                     hm_describe(list[0], a, sizeof a), i + 1, hm_describe(list[i], b, sizeof b));
   }
   return HM_OK;
 }
@@ -224,7 +226,8 @@ int hm_stack(hm_tensor *const *list, int n, int dim, hm_tensor **out) {
   if (status) return status;
   const int ndim = list[0]->ndim + 1;
   if (dim < -ndim || dim >= ndim)
-    return hm_fail(HM_ERR_SHAPE, "stack: dim out of range: the result has %d dims, valid are 1 to %d, or -%d to -1", ndim, ndim, ndim);
+    return hm_fail(HM_ERR_SHAPE, "stack: dim out of range: the result has %d dims, valid are 1 to %d, or -%d to -1",
+                   ndim, ndim, ndim);
   if (dim < 0) dim += ndim;
   hm_tensor **wide = hm_calloc(sizeof *wide * (size_t)n);
   if (!wide) return HM_ERR_MEMORY;
@@ -247,7 +250,8 @@ int hm_sum_to(hm_tensor *t, int ndim, const int64_t *shape, hm_tensor **out) {
   for (int d = 0; d < t->ndim; d++) {
     if (d < lead) dims[n++] = d;
     else if (shape[d - lead] == 1 && t->shape[d] != 1) dims[n++] = d;
-    else if (shape[d - lead] != t->shape[d]) return hm_fail(HM_ERR_SHAPE, "sum_to: the shape does not broadcast to the tensor's");
+    else if (shape[d - lead] != t->shape[d])
+      return hm_fail(HM_ERR_SHAPE, "sum_to: the shape does not broadcast to the tensor's");
   }
   hm_tensor *sum;
   if (n == 0) sum = hm_tensor_retain(t);
@@ -275,7 +279,9 @@ static int amax_backward(hm_opcall *c) {
   if (!status) status = hm_op_eq(hm_t(x), hm_t(top), &hit);
   if (!status) status = hm_call_as(HM_OP_SUM, (const hm_arg[]){hm_t(hit)}, keep, HM_F32, &count);
   if (!status) status = hm_op_div(hm_t(g), hm_t(count), &share);
-  if (!status) status = hm_call_as(HM_OP_WHERE, (const hm_arg[]){hm_t(hit), hm_t(share), hm_f(0)}, NULL, c->spec[0].dtype, &c->out[0]);
+  if (!status)
+    status =
+        hm_call_as(HM_OP_WHERE, (const hm_arg[]){hm_t(hit), hm_t(share), hm_f(0)}, NULL, c->spec[0].dtype, &c->out[0]);
   hm_tensor_release(g);
   hm_tensor_release(top);
   hm_tensor_release(hit);
@@ -303,8 +309,8 @@ static int narrow_backward(hm_opcall *c) {
 
 int hm__infer_composite(hm_opcall *c) {
   switch (c->op) {
-    case HM_OP_AMAX_BACKWARD: return amax_backward(c);
-    case HM_OP_NARROW_BACKWARD: return narrow_backward(c);
-    default: return hm_fail(HM_ERR_INTERNAL, "%s: a composite without a body", c->info->name);
+  case HM_OP_AMAX_BACKWARD: return amax_backward(c);
+  case HM_OP_NARROW_BACKWARD: return narrow_backward(c);
+  default: return hm_fail(HM_ERR_INTERNAL, "%s: a composite without a body", c->info->name);
   }
 }

@@ -68,8 +68,8 @@ const hm_backend *hm_device_backend(int device) {
     hm_fail(HM_ERR_DEVICE, "device id %d: expected 0 (cpu) to %d (%s)", device, HM_MAX_DEVICES - 1,
             hm_device_name(HM_MAX_DEVICES - 1));
   } else if (!backends[1]) {
-    hm_fail(HM_ERR_DEVICE,
-            "device %s: CUDA is not available here: %s\n  hint: use device = \"cpu\"", hm_device_name(device), cuda_reason);
+    hm_fail(HM_ERR_DEVICE, "device %s: CUDA is not available here: %s\n  hint: use device = \"cpu\"",
+            hm_device_name(device), cuda_reason);
   } else {
     int n = 1;
     while (n < HM_MAX_DEVICES && backends[n]) n++;
@@ -104,15 +104,17 @@ int hm_device_check_low(int device, int dtype) {
   const hm_device_info *info = hm_device_get_info(device);
   if (!info) return HM_ERR_DEVICE;
   if (info->major >= 8) return HM_OK;
-  return hm_fail(HM_ERR_UNSUPPORTED,
-                 "autocast: %s (%s) has compute capability %d.%d; matrix products in bfloat16 need 8.0\n  hint: use float16",
-                 hm_device_name(device), info->name, info->major, info->minor);
+  return hm_fail(
+      HM_ERR_UNSUPPORTED,
+      "autocast: %s (%s) has compute capability %d.%d; matrix products in bfloat16 need 8.0\n  hint: use float16",
+      hm_device_name(device), info->name, info->major, info->minor);
 }
 
 int hm_synchronize(int device) {
   const hm_backend *backend = hm_device_backend(device);
   if (!backend) return HM_ERR_DEVICE;
-  return backend->synchronize(device == HM_CPU ? 0 : device - 1);
+  const int status = backend->synchronize(device == HM_CPU ? 0 : device - 1);
+  return status == HM_ERR_DEVICE ? hm_fail(status, "synchronize: %s", hm_error_message()) : status;
 }
 
 /* The id that a name stands for, whether or not the device is there; -1 for a name that means nothing. */

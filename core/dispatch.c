@@ -404,6 +404,7 @@ static int compute(hm_opcall *c, bool grad, bool record) {
   status = c->info->infer(c);
   if (status || c->info->family >= HM_FAMILY_COUNT) return status;
   status = allocate_outputs(c);
+  if (status == HM_ERR_DEVICE) return hm_fail(status, "%s: %s", c->info->name, hm_error_message());
   if (!status && dst && record) status = keep_old_value(c, dst);
   if (status) return status;
   take_random(c);

@@ -97,6 +97,7 @@ typedef struct hm_kernel hm_kernel;
 int hm_kernel_compile(int device, const char *source, const char *name, hm_kernel **out);
 void hm_kernel_free(hm_kernel *k); /* waits until it has run; NULL is ignored */
 int hm_kernel_device(const hm_kernel *k);
+const char *hm_kernel_name(const hm_kernel *k); /* borrowed */
 
 /* ====== Tensors (tensor.c, view.c) ====== */
 
@@ -132,7 +133,8 @@ typedef struct hm_tensor {
 /* A new row-major tensor with undefined contents.  Returns a new reference in *out.  shape: ndim sizes >= 0. */
 int hm_empty(int ndim, const int64_t *shape, int dtype, int device, hm_tensor **out);
 /* As hm_empty, filled from host memory: dense row-major data of dtype data_dtype, converted once. */
-int hm_from_host(const void *data, int data_dtype, int ndim, const int64_t *shape, int dtype, int device, hm_tensor **out);
+int hm_from_host(const void *data, int data_dtype, int ndim, const int64_t *shape, int dtype, int device,
+                 hm_tensor **out);
 /* Another tensor struct on t's storage: same shape and strides, no graph, requires_grad false.  New reference. */
 int hm_alias(hm_tensor *t, hm_tensor **out);
 /* A view on t's storage with given geometry (unchecked against aliasing, checked against bounds); no graph. New reference. */
@@ -149,10 +151,11 @@ int hm_tensor_device(const hm_tensor *t);
 void *hm_tensor_data(const hm_tensor *t); /* first element; device memory on a GPU */
 uint32_t hm_tensor_version(const hm_tensor *t);
 bool hm_tensor_is_leaf(const hm_tensor *t);
-bool hm_is_contiguous(const hm_tensor *t);                      /* row-major, no gaps */
-bool hm_is_channels_last(const hm_tensor *t);                   /* 4-d, memory order N H W C, no gaps */
-int hm_item(const hm_tensor *t, double *f, int64_t *i);         /* one element: floats set *f, others *i (either may be NULL) */
-int hm_to_host(const hm_tensor *t, void *data, int data_dtype); /* all elements, row-major, converted; data holds numel */
+bool hm_is_contiguous(const hm_tensor *t);              /* row-major, no gaps */
+bool hm_is_channels_last(const hm_tensor *t);           /* 4-d, memory order N H W C, no gaps */
+int hm_item(const hm_tensor *t, double *f, int64_t *i); /* one element: floats set *f, others *i (either may be NULL) */
+int hm_to_host(const hm_tensor *t, void *data,
+               int data_dtype); /* all elements, row-major, converted; data holds numel */
 /* Storage bytes and identity, for reports ("do these two share memory?"). */
 const void *hm_tensor_storage_id(const hm_tensor *t);
 /* "f16[32,784] on cpu", for messages.  buffer holds size bytes; returns buffer. */
@@ -184,7 +187,9 @@ typedef struct hm_arg {
   };
 } hm_arg;
 
-static inline hm_arg hm_t(hm_tensor *t) { return t ? (hm_arg){HM_ARG_TENSOR, {.t = t}} : (hm_arg){HM_ARG_NONE, {.t = NULL}}; }
+static inline hm_arg hm_t(hm_tensor *t) {
+  return t ? (hm_arg){HM_ARG_TENSOR, {.t = t}} : (hm_arg){HM_ARG_NONE, {.t = NULL}};
+}
 static inline hm_arg hm_i(int64_t i) { return (hm_arg){HM_ARG_INT, {.i = i}}; }
 static inline hm_arg hm_f(double f) { return (hm_arg){HM_ARG_FLOAT, {.f = f}}; }
 
@@ -217,7 +222,7 @@ typedef struct hm_attr_info {
 
 typedef struct hm_out_info {
   const char *name;
-  char cls;  /* L F P T f i u b *, or '=' for "the input number `same`" */
+  char cls; /* L F P T f i u b *, or '=' for "the input number `same`" */
   int8_t same;
 } hm_out_info;
 
@@ -240,8 +245,9 @@ typedef struct hm_op_info {
   hm_in_info in[HM_MAX_IN];
   hm_out_info out[HM_MAX_OUT];
   const hm_attr_info *attr;
-  uint8_t diff_in;                                   /* bit mask: inputs with a derivative */
-  uint8_t need_in[HM_MAX_IN], need_out[HM_MAX_IN];   /* bit masks: inputs and outputs that the derivative by input i reads */
+  uint8_t diff_in; /* bit mask: inputs with a derivative */
+  uint8_t need_in[HM_MAX_IN],
+      need_out[HM_MAX_IN]; /* bit masks: inputs and outputs that the derivative by input i reads */
   int (*infer)(struct hm_opcall *call);
   int (*backward)(hm_node *node, hm_tensor *const *grad, hm_tensor **grad_in);
 } hm_op_info;
@@ -260,11 +266,13 @@ int hm_call_as(int op, const hm_arg *in, const hm_attr *attr, int out_dtype, hm_
 int hm_call_inplace(int op, const hm_arg *in, const hm_attr *attr);
 
 /* Launches a user's kernel on tensors (contiguous, on its device) and numbers, behind all work queued before.  Outside autograd. */
-int hm_kernel_launch(hm_kernel *k, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes, const hm_arg *in, int n);
+int hm_kernel_launch(hm_kernel *k, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes,
+                     const hm_arg *in, int n);
 
 /* Composites that are not rows (composite.c).  New references. */
-int hm_to(hm_tensor *t, int dtype, int device, bool copy, hm_tensor **out); /* dtype HM_NONE, device -1: as t.  Nothing to do: t */
-int hm_contiguous(hm_tensor *t, hm_tensor **out);                           /* row-major; t itself if it is so */
+int hm_to(hm_tensor *t, int dtype, int device, bool copy,
+          hm_tensor **out);                       /* dtype HM_NONE, device -1: as t.  Nothing to do: t */
+int hm_contiguous(hm_tensor *t, hm_tensor **out); /* row-major; t itself if it is so */
 int hm_channels_last(hm_tensor *t, hm_tensor **out);
 int hm_clone(hm_tensor *t, hm_tensor **out);
 int hm_cat(hm_tensor *const *list, int n, int dim, hm_tensor **out);
@@ -281,8 +289,8 @@ typedef struct hm_op_event {
   const hm_op_info *info;
   bool backward; /* run by the engine's backward walk */
   int n_in, n_out, n_saved;
-  const hm_view *in, *out;      /* as the kernel got them */
-  hm_tensor *const *saved;      /* tensors kept for backward */
+  const hm_view *in, *out; /* as the kernel got them */
+  hm_tensor *const *saved; /* tensors kept for backward */
 } hm_op_event;
 typedef void (*hm_op_log_fn)(void *ud, const hm_op_event *event);
 void hm_set_op_log(hm_op_log_fn fn, void *ud); /* NULL switches off */
@@ -291,16 +299,16 @@ void hm_set_op_log(hm_op_log_fn fn, void *ud); /* NULL switches off */
 
 /* Belongs to one coroutine; the binding keeps one for each and says which is current.  Plain data, copied freely. */
 typedef struct hm_mode {
-  bool grad;              /* record ops */
-  bool autocast;          /* inside an enabled region */
-  bool cache;             /* keep casts of weights */
-  int8_t low;             /* region's dtype: HM_F16 or HM_BF16 */
-  int8_t backward_dtype;  /* HM_NONE, or HM_F32: gradients of eligible ops are computed in float32 */
-  const char *cls;        /* NULL, or HM_OP_COUNT letters that override the ops' classes (0: as the table says); borrowed */
+  bool grad;             /* record ops */
+  bool autocast;         /* inside an enabled region */
+  bool cache;            /* keep casts of weights */
+  int8_t low;            /* region's dtype: HM_F16 or HM_BF16 */
+  int8_t backward_dtype; /* HM_NONE, or HM_F32: gradients of eligible ops are computed in float32 */
+  const char *cls; /* NULL, or HM_OP_COUNT letters that override the ops' classes (0: as the table says); borrowed */
 } hm_mode;
 
-hm_mode *hm_mode_current(void);      /* never NULL; changes through it take effect at once */
-void hm_mode_switch(hm_mode *mode);  /* NULL: this thread's own default mode */
+hm_mode *hm_mode_current(void);     /* never NULL; changes through it take effect at once */
+void hm_mode_switch(hm_mode *mode); /* NULL: this thread's own default mode */
 
 typedef struct hm_cast_stats {
   int64_t hits, misses; /* low copies of weights found / made */
@@ -316,21 +324,21 @@ void hm_cast_get_stats(hm_cast_stats *out);
  * gradients made so far in place. */
 int hm_backward(hm_tensor *const *roots, hm_tensor *const *grads, int n, bool retain, bool create_graph);
 /* Gradients of roots by inputs, without touching .grad.  out: n_inputs new references (NULL where unused, an error unless allow_unused). */
-int hm_autograd_grad(hm_tensor *const *roots, hm_tensor *const *grads, int n, hm_tensor *const *inputs, int n_inputs, bool retain,
-                     bool create_graph, bool allow_unused, hm_tensor **out);
+int hm_autograd_grad(hm_tensor *const *roots, hm_tensor *const *grads, int n, hm_tensor *const *inputs, int n_inputs,
+                     bool retain, bool create_graph, bool allow_unused, hm_tensor **out);
 
 /* A function with its own backward (Lua Functions).  Gradients of the n_out outputs come in (NULL: none arrived), gradients of the n_in inputs go
  * out (new references, NULL: none). */
 typedef int (*hm_custom_fn)(void *ud, int n_out, hm_tensor *const *grad, int n_in, hm_tensor **grad_in);
 /* Makes `out` (plain tensors, no graph of their own) the outputs of a custom node over `in`; takes ud over (drop(ud) at the end,
  * also when this fails).  Nothing is recorded when gradients are off or no input wants one. */
-int hm_record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out, hm_custom_fn fn, void *ud,
-                     void (*drop)(void *ud));
+int hm_record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out,
+                     hm_custom_fn fn, void *ud, void (*drop)(void *ud));
 
 /* ====== Random numbers (random.c) ====== */
 
 /* One Philox stream per device: (seed, offset).  An op takes ceil(numel / 4) counters. */
-void hm_seed(uint64_t seed);                                       /* all devices; offset 0 */
+void hm_seed(uint64_t seed); /* all devices; offset 0 */
 void hm_random_get(int device, uint64_t *seed, uint64_t *offset);
 void hm_random_set(int device, uint64_t seed, uint64_t offset);
 void hm_random_take(int device, int64_t numel, hm_attr *rng); /* fills an rng attribute and advances */
@@ -355,7 +363,7 @@ int hm_optim_add_group(hm_optim *o, hm_tensor *const *params, int n, const hm_op
 int hm_optim_group_count(const hm_optim *o);
 /* Options of a group, readable and writable between steps (the scheduler's door). */
 hm_optim_options *hm_optim_group_options(hm_optim *o, int group);
-int hm_optim_param_count(const hm_optim *o);            /* over all groups, in order of addition */
+int hm_optim_param_count(const hm_optim *o);             /* over all groups, in order of addition */
 hm_tensor *hm_optim_param(const hm_optim *o, int index); /* borrowed */
 int hm_optim_param_group(const hm_optim *o, int index);
 void hm_optim_zero_grad(hm_optim *o); /* gradients become NULL */
@@ -363,7 +371,8 @@ void hm_optim_zero_grad(hm_optim *o); /* gradients become NULL */
 int hm_optim_step(hm_optim *o);
 /* State of one parameter: name "momentum_buffer", "exp_avg", "exp_avg_sq" -> tensor (borrowed; NULL while there is none); step counts its updates. */
 hm_tensor *hm_optim_state(const hm_optim *o, int index, const char *name);
-int hm_optim_set_state(hm_optim *o, int index, const char *name, hm_tensor *value); /* retains a copy in the state's dtype */
+int hm_optim_set_state(hm_optim *o, int index, const char *name,
+                       hm_tensor *value); /* retains a copy in the state's dtype */
 int64_t hm_optim_param_step(const hm_optim *o, int index);
 void hm_optim_set_param_step(hm_optim *o, int index, int64_t step);
 /* Bytes of state held. */
@@ -379,8 +388,9 @@ int hm_grad_scale(hm_tensor *const *params, int n, double coef);
 typedef struct hm_scaler_event {
   bool found_inf;
   int64_t inf_count, nan_count;
-  int64_t step; /* counts updates that had a check, from 1 (a step retried after a skip, without update() in between, counts too) */
-  double scale; /* the scale those gradients were made with */
+  int64_t
+      step; /* counts updates that had a check, from 1 (a step retried after a skip, without update() in between, counts too) */
+  double scale;      /* the scale those gradients were made with */
   double amax, norm; /* of unscaled finite gradients; valid where the policy asked */
 } hm_scaler_event;
 
@@ -413,7 +423,15 @@ typedef struct hm_step_record {
   int n_culprits;
 } hm_step_record;
 
-typedef enum hm_scale_change { HM_SCALE_HOLD, HM_SCALE_GROW, HM_SCALE_BACKOFF, HM_SCALE_FLOOR, HM_SCALE_CAP, HM_SCALE_FAULT, HM_SCALE_STOP } hm_scale_change;
+typedef enum hm_scale_change {
+  HM_SCALE_HOLD,
+  HM_SCALE_GROW,
+  HM_SCALE_BACKOFF,
+  HM_SCALE_FLOOR,
+  HM_SCALE_CAP,
+  HM_SCALE_FAULT,
+  HM_SCALE_STOP
+} hm_scale_change;
 
 typedef struct hm_update_record {
   double old_scale, new_scale;
@@ -464,7 +482,7 @@ typedef struct hm_safetensors hm_safetensors; /* an open file: header checked, d
 int hm_safetensors_open(const char *path, hm_safetensors **out);
 void hm_safetensors_close(hm_safetensors *f);
 int hm_safetensors_count(const hm_safetensors *f);
-const char *hm_safetensors_name(const hm_safetensors *f, int index);                 /* in file order; borrowed */
+const char *hm_safetensors_name(const hm_safetensors *f, int index);                /* in file order; borrowed */
 int hm_safetensors_read(hm_safetensors *f, int index, int device, hm_tensor **out); /* new reference */
 int hm_safetensors_metadata_count(const hm_safetensors *f);
 hm_pair hm_safetensors_metadata(const hm_safetensors *f, int index); /* borrowed */
@@ -481,14 +499,14 @@ typedef struct hm_loader_options {
   bool drop_last;
   bool shuffle;
   uint64_t seed;
-  int prefetch;   /* batches ready ahead; 0: gathered on the calling thread */
-  int convert_to; /* dtype of the first tensor's batches, or HM_NONE: as it is */
+  int prefetch;        /* batches ready ahead; 0: gathered on the calling thread */
+  int convert_to;      /* dtype of the first tensor's batches, or HM_NONE: as it is */
   double scale, shift; /* first tensor, when converted: x * scale + shift (in float32) */
 } hm_loader_options;
 
 /* tensors: n of them, contiguous, on the CPU, equal size along dim 0 (retained).  */
 int hm_loader_new(hm_tensor *const *tensors, int n, const hm_loader_options *options, hm_loader **out);
-void hm_loader_free(hm_loader *l); /* stops the thread */
+void hm_loader_free(hm_loader *l);             /* stops the thread */
 int64_t hm_loader_batches(const hm_loader *l); /* per epoch */
 /* Begins an epoch: order is a function of (seed, epoch) alone. */
 int hm_loader_start(hm_loader *l, int64_t epoch);

@@ -26,7 +26,8 @@ static bool own_folder(char folder[PATH_MAX]) {
   static const char here; /* its address lies in it */
   char path[PATH_MAX];
   Dl_info info;
-  const bool known = dladdr(&here, &info) && info.dli_fname && strchr(info.dli_fname, '/') && realpath(info.dli_fname, path);
+  const bool known =
+      dladdr(&here, &info) && info.dli_fname && strchr(info.dli_fname, '/') && realpath(info.dli_fname, path);
   if (!known && !realpath("/proc/self/exe", path)) return false;
   char *slash = strrchr(path, '/');
   if (!slash) return false;
@@ -60,7 +61,9 @@ static int locate(char path[PATH_MAX]) {
     return hm_fail(HM_ERR_DEVICE, "HALFMOON_CUDA=emu: the test double halfmoon-cuda-emu.so is not built");
   }
   if (realpath(want, path)) return HM_OK;
-  return hm_fail(HM_ERR_DEVICE, "HALFMOON_CUDA: there is no file %.200s; it should be \"emu\", \"off\" or the path of a plug-in", want);
+  return hm_fail(HM_ERR_DEVICE,
+                 "HALFMOON_CUDA: there is no file %.200s; it should be \"emu\", \"off\" or the path of a plug-in",
+                 want);
 }
 
 int hm__plugin_load(const hm_host *host, const hm_backend **out) {

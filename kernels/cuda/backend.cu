@@ -44,7 +44,8 @@ const char *hm_cuda_op_name(int op) { return cuda.host->op_name(op); }
 /* Errors after which the context gives nothing but errors. */
 static bool is_fatal(cudaError_t error) {
   const int e = (int)error;
-  return e == 214 || e == 220 || e == 226 || (e >= 700 && e <= 702 && e != 701) || e == 709 || e == 710 || (e >= 714 && e <= 719);
+  return e == 214 || e == 220 || e == 226 || (e >= 700 && e <= 702 && e != 701) || e == 709 || e == 710 ||
+         (e >= 714 && e <= 719);
 }
 
 /* "conv2d, relu, sum": what was queued since the host last waited, oldest first. */
@@ -74,32 +75,45 @@ static const char *details(void) {
 #endif
 }
 
+/* "relu: cuda:0: "; what may be NULL. */
+static const char *place(const hm_cuda_device *d, const char *what, char *text, size_t size) {
+  snprintf(text, size, "%s%scuda:%d: ", what ? what : "", what ? ": " : "", d->index);
+  return text;
+}
+
 /* The device was lost: by this op, where every op is waited for, else by one queued before. */
 static int report_lost(hm_cuda_device *d, const char *what) {
-  char ops[384];
+  char ops[384], where[160];
   const char *text = cudaGetErrorString(d->lost);
+  place(d, what, where, sizeof where);
   if (cuda.wait_always)
-    return hm_cuda_fail(HM_ERR_DEVICE, "%s: cuda:%d: %s\n  hint: the device cannot be used again in this process", what, d->index, text);
-  return hm_cuda_fail(HM_ERR_DEVICE,
-                      "%s: cuda:%d: %s, in work queued earlier\n  queued since the last wait: %s\n  hint: HALFMOON_CUDA_SYNC=1 waits after each op "
-                      "and names the one that failed; the device cannot be used again in this process",
-                      what, d->index, text, recent_ops(d, ops, sizeof ops));
+    return hm_cuda_fail(HM_ERR_DEVICE, "%s%s\n  hint: the device cannot be used again in this process", where, text);
+  return hm_cuda_fail(
+      HM_ERR_DEVICE,
+      "%s%s, in work queued earlier\n  queued since the last wait: %s\n  hint: HALFMOON_CUDA_SYNC=1 waits "
+      "after each op and names the one that failed; the device cannot be used again in this process",
+      where, text, recent_ops(d, ops, sizeof ops));
 }
 
 int hm_cuda_device_status(hm_cuda_device *d, cudaError_t error, const char *what) {
+  char where[160];
   if (error == cudaSuccess) return HM_OK;
   (void)cudaGetLastError();
+  place(d, what, where, sizeof where);
   if (is_fatal(error)) {
     d->lost = error;
     return report_lost(d, what);
   }
   if (error == cudaErrorMemoryAllocation)
-    return hm_cuda_fail(HM_ERR_MEMORY, "%s: out of memory on cuda:%d, outside the tensors' pool\n  hint: a smaller batch needs less", what, d->index);
+    return hm_cuda_fail(HM_ERR_MEMORY, "%sout of memory, outside the tensors' pool\n  hint: a smaller batch needs less",
+                        where);
   if (error == cudaErrorNoKernelImageForDevice)
-    return hm_cuda_fail(HM_ERR_DEVICE,
-                        "%s: cuda:%d has compute capability %d.%d, for which the plug-in has no code\n  hint: build with `make cuda-all`", what,
-                        d->index, d->major, d->minor);
-  return hm_cuda_fail(HM_ERR_INTERNAL, "%s: cuda:%d: %s (%s)", what, d->index, cudaGetErrorString(error), cudaGetErrorName(error));
+    return hm_cuda_fail(
+        HM_ERR_DEVICE,
+        "%sit has compute capability %d.%d, for which the plug-in has no code\n  hint: build with `make "
+        "cuda-all`",
+        where, d->major, d->minor);
+  return hm_cuda_fail(HM_ERR_INTERNAL, "%s%s (%s)", where, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
 int hm_cuda_status(cudaError_t error, const char *what) {
@@ -124,9 +138,11 @@ static void explain_none(cudaError_t error) {
   (void)cudaRuntimeGetVersion(&runtime);
   if (driver == 0) hm_cuda_fail(HM_ERR_DEVICE, "no NVIDIA driver is installed");
   else if (driver / 1000 < runtime / 1000)
-    hm_cuda_fail(HM_ERR_DEVICE, "the NVIDIA driver knows CUDA %d.%d and the plug-in needs %d.%d: a newer driver is wanted", driver / 1000,
-                 driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
-  else if (error == cudaErrorNoDevice || error == cudaSuccess) hm_cuda_fail(HM_ERR_DEVICE, "the NVIDIA driver sees no device");
+    hm_cuda_fail(HM_ERR_DEVICE,
+                 "the NVIDIA driver knows CUDA %d.%d and the plug-in needs %d.%d: a newer driver is wanted",
+                 driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+  else if (error == cudaErrorNoDevice || error == cudaSuccess)
+    hm_cuda_fail(HM_ERR_DEVICE, "the NVIDIA driver sees no device");
   else hm_cuda_fail(HM_ERR_DEVICE, "the NVIDIA driver does not start: %s", cudaGetErrorString(error));
 }
 
@@ -155,8 +171,10 @@ static int attribute(enum cudaDeviceAttr which, int device) {
 
 static int device_info(int device, hm_device_info *out) {
   struct cudaDeviceProp properties;
-  if (device < 0 || device >= device_count()) return hm_cuda_fail(HM_ERR_DEVICE, "cuda:%d: there is no such device", device);
-  const int status = hm_cuda_device_status(&cuda.device[device], cudaGetDeviceProperties(&properties, device), "device_info");
+  if (device < 0 || device >= device_count())
+    return hm_cuda_fail(HM_ERR_DEVICE, "cuda:%d: there is no such device", device);
+  const int status =
+      hm_cuda_device_status(&cuda.device[device], cudaGetDeviceProperties(&properties, device), "device_info");
   if (status) return status;
   memset(out, 0, sizeof *out);
   snprintf(out->name, sizeof out->name, "%.127s", properties.name);
@@ -166,7 +184,8 @@ static int device_info(int device, hm_device_info *out) {
   out->minor = properties.minor;
   out->multiprocessors = properties.multiProcessorCount;
   out->max_threads_per_block = properties.maxThreadsPerBlock;
-  out->shared_bytes_per_block = properties.sharedMemPerBlockOptin ? properties.sharedMemPerBlockOptin : properties.sharedMemPerBlock;
+  out->shared_bytes_per_block =
+      properties.sharedMemPerBlockOptin ? properties.sharedMemPerBlockOptin : properties.sharedMemPerBlock;
   (void)cudaDriverGetVersion(&out->driver);
   (void)cudaRuntimeGetVersion(&out->runtime);
   return HM_OK;
@@ -176,7 +195,8 @@ static int device_info(int device, hm_device_info *out) {
 static void keep_pool(int device) {
   cudaMemPool_t pool;
   uint64_t all = UINT64_MAX;
-  if (cudaDeviceGetDefaultMemPool(&pool, device) == cudaSuccess) (void)cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all);
+  if (cudaDeviceGetDefaultMemPool(&pool, device) == cudaSuccess)
+    (void)cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all);
   (void)cudaGetLastError();
 }
 
@@ -190,7 +210,8 @@ static int open_device(hm_cuda_device *d) {
   if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&d->copy, cudaStreamNonBlocking);
   if (e == cudaSuccess) e = cudaEventCreateWithFlags(&d->fork, cudaEventDisableTiming);
   if (e == cudaSuccess) e = cudaEventCreateWithFlags(&d->join, cudaEventDisableTiming);
-  if (e == cudaSuccess) e = cudaHostAlloc((void **)&d->fault, sizeof *d->fault, cudaHostAllocMapped | cudaHostAllocPortable);
+  if (e == cudaSuccess)
+    e = cudaHostAlloc((void **)&d->fault, sizeof *d->fault, cudaHostAllocMapped | cudaHostAllocPortable);
   int status = hm_cuda_device_status(d, e, "opening the device");
   if (!status) memset(d->fault, 0, sizeof *d->fault);
   if (!status) status = hm_cuda_blas_open(d);
@@ -245,7 +266,7 @@ int hm_cuda_wait(hm_cuda_device *d, const char *what) {
 
 static int synchronize(int device) {
   hm_cuda_device *d = hm_cuda_use(device);
-  return d ? hm_cuda_wait(d, "synchronize") : HM_ERR_DEVICE;
+  return d ? hm_cuda_wait(d, NULL) : HM_ERR_DEVICE;
 }
 
 /* ====== The way of a call ====== */
@@ -256,7 +277,9 @@ static void remember(hm_cuda_device *d, int op) {
 }
 
 /* After a call queued its work: waits for it, if that is wanted. */
-static int settle(hm_cuda_device *d, int status, const char *what) { return !status && cuda.wait_always ? hm_cuda_wait(d, what) : status; }
+static int settle(hm_cuda_device *d, int status, const char *what) {
+  return !status && cuda.wait_always ? hm_cuda_wait(d, what) : status;
+}
 
 /* What is known to be wrong before a call: a lost device, or a bad value that earlier work met. */
 static int check(hm_cuda_device *d, const char *what) {
@@ -304,7 +327,8 @@ static int pack(const hm_kernel_call *call, int arg, void *dst) {
 
 static int packing(const hm_kernel_call *call, int arg, hm_packing *out) {
   *out = {0, 0};
-  return call->op == HM_OP_CONV2D || call->op == HM_OP_CONV2D_BACKWARD_INPUT ? hm_cuda_conv_packing(call, arg, out) : HM_OK;
+  return call->op == HM_OP_CONV2D || call->op == HM_OP_CONV2D_BACKWARD_INPUT ? hm_cuda_conv_packing(call, arg, out)
+                                                                             : HM_OK;
 }
 
 static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
@@ -335,7 +359,8 @@ static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
   }
 }
 
-static int user_launch(hm_user_kernel *kernel, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes, hm_user_arg *arg, int n) {
+static int user_launch(hm_user_kernel *kernel, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes,
+                       hm_user_arg *arg, int n) {
   hm_cuda_device *d = hm_cuda_use(hm_cuda_user_device(kernel));
   if (!d) return HM_ERR_DEVICE;
   const int status = check(d, "kernel");

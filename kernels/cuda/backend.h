@@ -21,9 +21,9 @@
 
 enum {
   HM_CUDA_MAX_DEVICES = 16,
-  HM_CUDA_STAGES = 2,              /* pinned buffers of a device, used in turn */
-  HM_CUDA_STAGE_BYTES = 4 << 20,   /* of each */
-  HM_CUDA_RECENT = 8,              /* ops remembered for messages */
+  HM_CUDA_STAGES = 2,            /* pinned buffers of a device, used in turn */
+  HM_CUDA_STAGE_BYTES = 4 << 20, /* of each */
+  HM_CUDA_RECENT = 8,            /* ops remembered for messages */
   HM_CUDA_BLAS_WORKSPACE = 32 << 20
 };
 
@@ -48,7 +48,7 @@ typedef struct hm_cuda_device {
   int recent[HM_CUDA_RECENT]; /* ops queued since the host last waited, a ring */
   int n_recent;
   hm_cuda_fault *fault; /* where kernels tell of bad values; mapped host memory */
-  cudaError_t lost; /* an error that every later call will give: the context is gone */
+  cudaError_t lost;     /* an error that every later call will give: the context is gone */
 } hm_cuda_device;
 
 /* ====== backend.cu ====== */
@@ -59,7 +59,7 @@ hm_cuda_device *hm_cuda_use(int device);
 hm_cuda_device *hm_cuda_device_of(const void *data, const char *what);
 /* How many devices there are; 0 without a driver. */
 int hm_cuda_count(void);
-/* "cuda:0: what: text" for a CUDA error of a device; HM_OK for cudaSuccess. */
+/* "what: cuda:0: text" for a CUDA error of a device; HM_OK for cudaSuccess.  what may be NULL here and in hm_cuda_wait. */
 int hm_cuda_device_status(hm_cuda_device *device, cudaError_t error, const char *what);
 /* The same for cuBLAS. */
 int hm_cuda_blas_status(cublasStatus_t status, const char *what);
@@ -127,8 +127,8 @@ int hm_cuda_conv_pack(const hm_kernel_call *call, int arg, void *dst);
 int hm_cuda_user_compile(int device, const char *source, const char *name, hm_user_kernel **out);
 int hm_cuda_user_check(const hm_user_kernel *kernel, hm_user_arg *arg, int n);
 /* On the kernel's own device, which is the current one. */
-int hm_cuda_user_launch(hm_cuda_device *device, hm_user_kernel *kernel, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes,
-                        hm_user_arg *arg, int n);
+int hm_cuda_user_launch(hm_cuda_device *device, hm_user_kernel *kernel, const int64_t grid[3], const int64_t block[3],
+                        int64_t shared_bytes, hm_user_arg *arg, int n);
 int hm_cuda_user_device(const hm_user_kernel *kernel);
 void hm_cuda_user_free(hm_user_kernel *kernel);
 

@@ -22,8 +22,11 @@ int hm_cuda_blas_open(hm_cuda_device *d) {
   int status = hm_cuda_device_status(d, cudaMalloc(&d->blas_workspace, HM_CUDA_BLAS_WORKSPACE), "cuBLAS");
   if (!status) status = hm_cuda_blas_status(cublasCreate(&d->blas), "cuBLAS");
   if (!status) status = hm_cuda_blas_status(cublasSetStream(d->blas, d->compute), "cuBLAS");
-  if (!status) status = hm_cuda_blas_status(cublasSetWorkspace(d->blas, d->blas_workspace, HM_CUDA_BLAS_WORKSPACE), "cuBLAS");
-  if (!status) status = hm_cuda_blas_status(cublasSetMathMode(d->blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION), "cuBLAS");
+  if (!status)
+    status = hm_cuda_blas_status(cublasSetWorkspace(d->blas, d->blas_workspace, HM_CUDA_BLAS_WORKSPACE), "cuBLAS");
+  if (!status)
+    status =
+        hm_cuda_blas_status(cublasSetMathMode(d->blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION), "cuBLAS");
   if (!status) status = hm_cuda_blas_status(cublasLtCreate(&d->blas_lt), "cuBLAS");
   return status;
 }
@@ -77,8 +80,9 @@ static int read_lines(const hm_cuda_product *p, lines *l) {
   const int64_t sizes[] = {p->m, p->n, p->k, p->batches, l->x_ld, l->y_ld, l->out_ld};
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
     if (sizes[i] > INT_MAX)
-      return hm_cuda_fail(HM_ERR_UNSUPPORTED, "%s: a product of [%lld,%lld] and [%lld,%lld] is too large for cuBLAS\n  hint: split it", p->name,
-                          (long long)p->m, (long long)p->k, (long long)p->k, (long long)p->n);
+      return hm_cuda_fail(HM_ERR_UNSUPPORTED,
+                          "%s: a product of [%lld,%lld] and [%lld,%lld] is too large for cuBLAS\n  hint: split it",
+                          p->name, (long long)p->m, (long long)p->k, (long long)p->k, (long long)p->n);
   return HM_OK;
 }
 
@@ -104,12 +108,12 @@ static int plain_gemm(const hm_cuda_product *p, const lines *l, bool add) {
   cublasStatus_t s;
   hm_cuda_count_launch();
   if (p->batches == 1)
-    s = cublasGemmEx(blas, l->y_op, l->x_op, n, m, k, &one, p->y.data, in, (int)l->y_ld, p->x.data, in, (int)l->x_ld, &beta, p->out.data, out,
-                     (int)l->out_ld, compute, CUBLAS_GEMM_DEFAULT);
+    s = cublasGemmEx(blas, l->y_op, l->x_op, n, m, k, &one, p->y.data, in, (int)l->y_ld, p->x.data, in, (int)l->x_ld,
+                     &beta, p->out.data, out, (int)l->out_ld, compute, CUBLAS_GEMM_DEFAULT);
   else
-    s = cublasGemmStridedBatchedEx(blas, l->y_op, l->x_op, n, m, k, &one, p->y.data, in, (int)l->y_ld, p->y.batch, p->x.data, in, (int)l->x_ld,
-                                   p->x.batch, &beta, p->out.data, out, (int)l->out_ld, p->out.batch, (int)p->batches, compute,
-                                   CUBLAS_GEMM_DEFAULT);
+    s = cublasGemmStridedBatchedEx(blas, l->y_op, l->x_op, n, m, k, &one, p->y.data, in, (int)l->y_ld, p->y.batch,
+                                   p->x.data, in, (int)l->x_ld, p->x.batch, &beta, p->out.data, out, (int)l->out_ld,
+                                   p->out.batch, (int)p->batches, compute, CUBLAS_GEMM_DEFAULT);
   return hm_cuda_blas_status(s, p->name);
 }
 
@@ -154,9 +158,11 @@ static int32_t alignment(const hm_cuda_product *p) {
 }
 
 /* A matrix as column-major cuBLAS sees it: `lines` of `length` elements. */
-static cublasStatus_t make_layout(cublasLtMatrixLayout_t *out, int32_t type, cublasOperation_t op, int64_t rows, int64_t cols, int64_t ld) {
+static cublasStatus_t make_layout(cublasLtMatrixLayout_t *out, int32_t type, cublasOperation_t op, int64_t rows,
+                                  int64_t cols, int64_t ld) {
   const bool plain = op == CUBLAS_OP_N;
-  return cublasLtMatrixLayoutCreate(out, (cudaDataType)type, (uint64_t)(plain ? cols : rows), (uint64_t)(plain ? rows : cols), ld);
+  return cublasLtMatrixLayoutCreate(out, (cudaDataType)type, (uint64_t)(plain ? cols : rows),
+                                    (uint64_t)(plain ? rows : cols), ld);
 }
 
 static cublasStatus_t set_desc(lt_entry *e, cublasLtMatmulDescAttributes_t which, const void *value, size_t bytes) {
@@ -180,21 +186,25 @@ static cublasStatus_t describe(const lt_key *key, int dtype, lt_entry *e) {
 
 /* Asks for the best algorithm; none is no error. */
 static cublasStatus_t choose(cublasLtHandle_t lt, const lt_key *key, lt_entry *e) {
-  static const cublasLtMatmulPreferenceAttributes_t sides[] = {
-      CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-      CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+  static const cublasLtMatmulPreferenceAttributes_t sides[] = {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                                                               CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                                                               CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                                                               CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
   const size_t room = HM_CUDA_BLAS_WORKSPACE;
   const uint32_t exact_sums = 3; /* split products are added in place or in the computing type, never in the output's */
   const uint32_t align = (uint32_t)key->align;
   cublasLtMatmulPreference_t wish = NULL;
   cublasStatus_t s = cublasLtMatmulPreferenceCreate(&wish);
   if (!s) s = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room);
-  if (!s) s = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &exact_sums, sizeof exact_sums);
+  if (!s)
+    s = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &exact_sums,
+                                             sizeof exact_sums);
   for (int i = 0; i < 4 && !s; i++) s = cublasLtMatmulPreferenceSetAttribute(wish, sides[i], &align, sizeof align);
   cublasLtMatmulHeuristicResult_t found;
   int n = 0;
   if (!s) {
-    const cublasStatus_t asked = cublasLtMatmulAlgoGetHeuristic(lt, e->desc, e->y, e->x, e->out, e->out, wish, 1, &found, &n);
+    const cublasStatus_t asked =
+        cublasLtMatmulAlgoGetHeuristic(lt, e->desc, e->y, e->x, e->out, e->out, wish, 1, &found, &n);
     e->usable = asked == CUBLAS_STATUS_SUCCESS && n > 0 && found.state == CUBLAS_STATUS_SUCCESS;
     if (e->usable) e->algo = found.algo;
   }
@@ -230,7 +240,8 @@ static int find_entry(const hm_cuda_product *p, const lines *l, lt_entry **out) 
 /* The bias in each line of out. */
 static int lay_bias(const hm_cuda_product *p) {
   const int64_t shape[2] = {p->m, p->n};
-  hm_view bias = hm_cuda_dense((void *)p->bias, p->out.dtype, 2, shape), out = hm_cuda_dense(p->out.data, p->out.dtype, 2, shape);
+  hm_view bias = hm_cuda_dense((void *)p->bias, p->out.dtype, 2, shape),
+          out = hm_cuda_dense(p->out.data, p->out.dtype, 2, shape);
   bias.stride[0] = 0;
   out.stride[0] = p->out.rs;
   return hm_cuda_copy_view(&bias, &out);
@@ -251,8 +262,8 @@ static int bias_gemm(const hm_cuda_product *p, const lines *l) {
   cublasStatus_t s = set_desc(e, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
   hm_cuda_count_launch();
   if (!s)
-    s = cublasLtMatmul(d->blas_lt, e->desc, &one, p->y.data, e->y, p->x.data, e->x, &zero, p->out.data, e->out, p->out.data, e->out, &e->algo,
-                       d->blas_workspace, HM_CUDA_BLAS_WORKSPACE, d->compute);
+    s = cublasLtMatmul(d->blas_lt, e->desc, &one, p->y.data, e->y, p->x.data, e->x, &zero, p->out.data, e->out,
+                       p->out.data, e->out, &e->algo, d->blas_workspace, HM_CUDA_BLAS_WORKSPACE, d->compute);
   return hm_cuda_blas_status(s, p->name);
 }
 
@@ -318,13 +329,15 @@ static int make_plan(const hm_kernel_call *call, plan *l) {
   l->out.from = l->out.view = call->out[0];
   const int x = call->in[0].dtype, y = call->in[1].dtype, out = call->out[0].dtype;
   if (!hm_dtype_is_float(x) || !hm_dtype_is_float(y) || !hm_dtype_is_float(out) || (x == HM_F64) != (y == HM_F64))
-    return hm_cuda_fail(HM_ERR_DTYPE, "%s: no product of %s and %s into %s", l->name, hm_dtype_short(x), hm_dtype_short(y), hm_dtype_short(out));
+    return hm_cuda_fail(HM_ERR_DTYPE, "%s: no product of %s and %s into %s", l->name, hm_dtype_short(x),
+                        hm_dtype_short(y), hm_dtype_short(out));
   const int in = x == y ? x : HM_F32;
   if (x != in || !is_regular(&l->x.from)) copy_operand(l, &l->x, in);
   if (y != in || !is_regular(&l->y.from)) copy_operand(l, &l->y, in);
   const bool biased = call->op == HM_OP_LINEAR && !(call->in[2].flags & HM_VIEW_ABSENT);
   const int wide = in == HM_F64 ? HM_F64 : HM_F32;
-  const bool fine_bias = biased && hm_dtype_size(call->in[2].dtype) > hm_dtype_size(out); /* rounding it first would round twice */
+  const bool fine_bias =
+      biased && hm_dtype_size(call->in[2].dtype) > hm_dtype_size(out); /* rounding it first would round twice */
   const bool odd_bias = biased && call->in[2].dtype != out && out != wide;
   if (!hm_cuda_gemm_takes(in, in, out) || fine_bias || odd_bias) copy_operand(l, &l->out, wide);
   if (!biased) return HM_OK;

@@ -66,7 +66,8 @@ static void read_geometry(const hm_attr *attr, conv *c) {
   const int64_t *x = c->x.shape, *w = c->weight.shape, *out = c->out.shape;
   const int s = attr[0].n > 1, p = attr[1].n > 1, d = attr[2].n > 1;
   g->n = x[0], g->c = x[1], g->h = x[2], g->w = x[3], g->oh = out[2], g->ow = out[3], g->kh = w[2], g->kw = w[3];
-  g->sh = attr[0].v[0], g->sw = attr[0].v[s], g->ph = attr[1].v[0], g->pw = attr[1].v[p], g->dh = attr[2].v[0], g->dw = attr[2].v[d];
+  g->sh = attr[0].v[0], g->sw = attr[0].v[s], g->ph = attr[1].v[0], g->pw = attr[1].v[p], g->dh = attr[2].v[0],
+  g->dw = attr[2].v[d];
   g->groups = attr[3].i;
   g->xs[0] = g->h * g->w * g->c, g->xs[1] = 1, g->xs[2] = g->w * g->c, g->xs[3] = g->c;
   c->o = out[1];
@@ -80,12 +81,13 @@ static int read_call(const hm_kernel_call *call, conv *c) {
   if (status) return status;
   read_geometry(call->op == HM_OP_CONV2D ? call->attr : call->attr + 1, c);
   const int first = call->in[0].dtype, second = call->in[1].dtype, to = call->out[0].dtype;
-  if (!hm_dtype_is_float(first) || !hm_dtype_is_float(second) || !hm_dtype_is_float(to) || (first == HM_F64) != (second == HM_F64))
-    return hm_cuda_fail(HM_ERR_DTYPE, "%s: no convolution of %s and %s into %s", c->name, hm_dtype_short(first), hm_dtype_short(second),
-                        hm_dtype_short(to));
+  if (!hm_dtype_is_float(first) || !hm_dtype_is_float(second) || !hm_dtype_is_float(to) ||
+      (first == HM_F64) != (second == HM_F64))
+    return hm_cuda_fail(HM_ERR_DTYPE, "%s: no convolution of %s and %s into %s", c->name, hm_dtype_short(first),
+                        hm_dtype_short(second), hm_dtype_short(to));
   if (c->g.groups < 1 || c->g.c % c->g.groups || c->o % c->g.groups)
-    return hm_cuda_fail(HM_ERR_SHAPE, "%s: %lld groups do not divide %lld and %lld channels", c->name, (long long)c->g.groups, (long long)c->g.c,
-                        (long long)c->o);
+    return hm_cuda_fail(HM_ERR_SHAPE, "%s: %lld groups do not divide %lld and %lld channels", c->name,
+                        (long long)c->g.groups, (long long)c->g.c, (long long)c->o);
   c->k = c->g.kh * c->g.kw * (c->g.c / c->g.groups);
   return HM_OK;
 }
@@ -94,7 +96,9 @@ static int read_call(const hm_kernel_call *call, conv *c) {
 static bool is_empty(const conv *c) { return c->g.n * c->g.xs[0] == 0 || c->o * c->places == 0 || c->k == 0; }
 
 /* Is the weight's order in memory another than [O, kH, kW, C / groups]? */
-static bool wants_reorder(const hm_view *weight) { return weight->shape[2] * weight->shape[3] != 1 && weight->shape[1] != 1; }
+static bool wants_reorder(const hm_view *weight) {
+  return weight->shape[2] * weight->shape[3] != 1 && weight->shape[1] != 1;
+}
 
 /* ====== Planning ====== */
 
@@ -116,7 +120,8 @@ static void cut_images(const conv *c, plan *l) {
 
 /* May a weight gradient be written as it comes out of the products? */
 static bool weight_at_once(const conv *c, const plan *l) {
-  return hm_cuda_gemm_takes(l->in, l->in, c->weight.dtype) && !wants_reorder(&c->weight) && (l->count == 1 || c->weight.dtype == l->wide);
+  return hm_cuda_gemm_takes(l->in, l->in, c->weight.dtype) && !wants_reorder(&c->weight) &&
+         (l->count == 1 || c->weight.dtype == l->wide);
 }
 
 /* What the products write: the result where cuBLAS can, else a float32 copy of it. */
@@ -135,7 +140,8 @@ static void choose_result(const conv *c, plan *l) {
 static void make_plan(conv *c, plan *l) {
   const hm_im2col *g = &c->g;
   memset(l, 0, sizeof *l);
-  const int a = c->kind == CONV_INPUT ? c->weight.dtype : c->x.dtype, b = c->kind == CONV_FORWARD ? c->weight.dtype : c->out.dtype;
+  const int a = c->kind == CONV_INPUT ? c->weight.dtype : c->x.dtype,
+            b = c->kind == CONV_FORWARD ? c->weight.dtype : c->out.dtype;
   l->in = a == b ? a : HM_F32;
   l->wide = l->in == HM_F64 ? HM_F64 : HM_F32;
   l->direct = g->kh * g->kw == 1 && g->sh == 1 && g->sw == 1 && g->ph == 0 && g->pw == 0;
@@ -184,7 +190,8 @@ static int ready_weight(const conv *c, const plan *l, char *ws, void **out) {
 }
 
 /* Images from `first` on: where they lie, or a converted copy. */
-static int ready_images(const hm_view *v, const room *r, int dtype, int64_t image, int64_t first, int64_t n, char *ws, void **out) {
+static int ready_images(const hm_view *v, const room *r, int dtype, int64_t image, int64_t first, int64_t n, char *ws,
+                        void **out) {
   *out = hm_cuda_at(v->data, first * image, v->dtype);
   if (!r->bytes) return HM_OK;
   void *from = *out;
@@ -198,7 +205,9 @@ static hm_cuda_matrix columns(const conv *c, const plan *l, int64_t n, void *ima
   return {col, l->col_dtype, c->g.ld, 1, n * c->places * c->g.ld};
 }
 
-static hm_cuda_matrix outputs(const conv *c, void *data, int dtype) { return {data, dtype, c->o, 1, c->o / c->g.groups}; }
+static hm_cuda_matrix outputs(const conv *c, void *data, int dtype) {
+  return {data, dtype, c->o, 1, c->o / c->g.groups};
+}
 
 static hm_cuda_product product(const conv *c, int64_t m, int64_t n, int64_t k) {
   hm_cuda_product p;

@@ -1,10 +1,11 @@
 /*
  * copy.cu -- casts, strided copies, copies between layouts.
  *
- * Three ways.  Equal dtypes move as bytes, 16 at a time where the innermost dim is dense on both sides.  Floats of 32 and 16 bits go through the
- * elementwise engine with the identity; other pairs one element a time, rounded once (view.h).  Where the input is dense along another dim than
- * the output (row-major to channels-last and back, transposes), tiles of 32 x 32 are turned in shared memory, so that both sides are
- * read and written by neighbouring threads.
+ * Three ways.  Equal dtypes move as bytes, 16 at a time where the innermost dim is dense on both sides.  Floats of 32
+ * and 16 bits go through the elementwise engine with the identity; other pairs one element a time, rounded once
+ * (view.h).  Where the input is dense along another dim than the output (row-major to channels-last and back,
+ * transposes), tiles of 32 x 32 are turned in shared memory, so that both sides are read and written by neighbouring
+ * threads.
  */
 #include "elementwise.h"
 
@@ -38,7 +39,8 @@ template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) copy_by
 
 /* ====== Turned tiles ====== */
 
-/* Dims `row` (dense in the input) and the innermost (dense in the output) are walked by tiles, the others by `outer`. */
+/* Dims `row` (dense in the input) and the innermost (dense in the output) are walked by tiles, the others by
+ * `outer`. */
 struct turned {
   hm_walk<2> outer;
   void *dst;
@@ -55,7 +57,8 @@ template <class T, bool CONVERT> static __global__ void __launch_bounds__(HM_BLO
   const int x = (int)threadIdx.x % TILE, y = (int)threadIdx.x / TILE;
   for (uint32_t u = blockIdx.x; u < t.tiles; u += gridDim.x) {
     const uint32_t rest = hm_divide(u, t.col_tiles), o = hm_divide(rest, t.row_tiles);
-    const int64_t c0 = (int64_t)(u - rest * t.col_tiles.size) * TILE, r0 = (int64_t)(rest - o * t.row_tiles.size) * TILE;
+    const int64_t c0 = (int64_t)(u - rest * t.col_tiles.size) * TILE,
+                  r0 = (int64_t)(rest - o * t.row_tiles.size) * TILE;
     int64_t at[2];
     hm_offsets(t.outer, o, at);
     for (int j = y; j < TILE; j += TILE_ROWS) {
@@ -78,7 +81,8 @@ template <class T, bool CONVERT> static __global__ void __launch_bounds__(HM_BLO
 /* The dim along which the input is dense, if it is not the output's and turning pays; else -1. */
 static int find_turn(const hm_loop *l) {
   const int inner = l->ndim - 1;
-  if (l->stride[0][inner] != 1 || l->stride[1][inner] == 1 || l->stride[1][inner] == 0 || l->shape[inner] < 4) return -1;
+  if (l->stride[0][inner] != 1 || l->stride[1][inner] == 1 || l->stride[1][inner] == 0 || l->shape[inner] < 4)
+    return -1;
   for (int d = 0; d < inner; d++)
     if (l->stride[1][d] == 1 && l->shape[d] >= 8) return d;
   return -1;
@@ -120,7 +124,8 @@ static int run_turned(const hm_loop *l, int row, const sides *s, void *stream) {
   set_turned(&t, l, row);
   t.dst = s->dst, t.src = s->src, t.dst_dtype = s->dst_dtype, t.src_dtype = s->src_dtype;
   const unsigned blocks = hm_blocks(t.tiles, 1);
-  if (t.dst_dtype != t.src_dtype) return HM_RUN("copy", (copy_turned<float, true>), blocks, TILE * TILE_ROWS, 0, stream, t);
+  if (t.dst_dtype != t.src_dtype)
+    return HM_RUN("copy", (copy_turned<float, true>), blocks, TILE * TILE_ROWS, 0, stream, t);
   switch (hm_dtype_size(t.dst_dtype)) {
   case 1: return HM_RUN("copy", (copy_turned<uint8_t, false>), blocks, TILE * TILE_ROWS, 0, stream, t);
   case 2: return HM_RUN("copy", (copy_turned<uint16_t, false>), blocks, TILE * TILE_ROWS, 0, stream, t);
@@ -163,7 +168,8 @@ static int copy_view(const hm_view *out, const hm_view *in, void *stream) {
   if (hm__loop_make(&loop, out, 1, in) == 0) return HM_OK;
   const bool floats = is_float32_or_half(out->dtype) && is_float32_or_half(in->dtype);
   const bool turns = (floats || out->dtype == in->dtype) && find_turn(&loop) >= 0;
-  if (floats && out->dtype != in->dtype && !turns) return hm_elements_run<identity, float>("cast", out, in, NULL, NULL, HM_OP_CAST, stream);
+  if (floats && out->dtype != in->dtype && !turns)
+    return hm_elements_run<identity, float>("cast", out, in, NULL, NULL, HM_OP_CAST, stream);
   int64_t base[2] = {0, 0};
   return hm_each_piece(&loop, 2, base, [&](const hm_loop &l, const int64_t *at) {
     sides s;

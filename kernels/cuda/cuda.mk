@@ -11,8 +11,6 @@ CUDA ?= $(patsubst %/bin/nvcc,%,$(firstword $(wildcard $(dir $(shell command -v 
 NVCC := $(if $(filter-out 0,$(CUDA)),$(wildcard $(CUDA)/bin/nvcc))
 
 CUDA_CU := $(sort $(wildcard kernels/cuda/*.cu))
-# Files whose results must be the CPU's to the bit: no contraction of a multiplication and an addition.
-CUDA_EXACT := elementwise copy fill pool reduce index
 CUDA_PLUGIN := $(OUT)/halfmoon-cuda.so
 CUDA_EMU    := $(OUT)/halfmoon-cuda-emu.so
 
@@ -21,7 +19,8 @@ CUDA_EMU    := $(OUT)/halfmoon-cuda-emu.so
 CUDA_OUT := $(OUT)/cuda
 CUDA_O   := $(CUDA_CU:kernels/cuda/%.cu=$(CUDA_OUT)/%.o)
 CUDA_INCLUDES := -Xcompiler -iquote,kernels,-iquote,kernels/cuda,-iquote,$(GEN)
-CUDA_FLAGS := -std=c++17 -O3 -g -Xcompiler -fPIC,-Wall,-Wextra,-fvisibility=hidden -Xptxas -warn-spills -diag-suppress 177
+# No contraction of a multiplication and an addition: elementwise results are the CPU's to the bit, the others the test double's.
+CUDA_FLAGS := -std=c++17 -O3 -g -fmad=false -Xcompiler -fPIC,-Wall,-Wextra,-fvisibility=hidden -Xptxas -warn-spills -diag-suppress 177
 CUDA_ARCHS := -gencode arch=compute_75,code=compute_75 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
 # What `cuda-all` adds: every other real architecture that this nvcc has.
 CUDA_MORE = $(foreach a,$(filter-out 80 90,$(patsubst sm_%,%,$(filter sm_75 sm_86 sm_87 sm_89 sm_100 sm_103 sm_120,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))),-gencode arch=compute_$(a),code=sm_$(a))
@@ -31,7 +30,7 @@ CUDA_LINK   = -L$(CUDA_LIBDIR) -lcublas -lcublasLt -lnvrtc -Xlinker -rpath,$(CUD
 .PHONY: cuda cuda-all cuda-report cuda-emu
 ifneq ($(NVCC),)
 
-cuda: $(CUDA_PLUGIN)
+cuda: $(CUDA_PLUGIN) ## the CUDA plug-in, build/halfmoon-cuda.so, where nvcc is found (minutes)
 
 cuda-all: ## the CUDA plug-in with code for every GPU up to compute capability 12.0
 	@$(MAKE) cuda CUDA_ARCHS='$(CUDA_ARCHS) $(CUDA_MORE)'
@@ -44,7 +43,7 @@ $(CUDA_OUT)/flags: FORCE
 
 $(CUDA_OUT)/%.o: kernels/cuda/%.cu $(CUDA_OUT)/flags | $(GEN)/stamp
 	$(call say,NVCC,$(@:$(BUILD)/%=%))
-	$(Q)$(NVCC) $(CUDA_FLAGS) $(if $(filter $*,$(CUDA_EXACT)),-fmad=false) $(CUDA_ARCHS) $(CUDA_INCLUDES) \
+	$(Q)$(NVCC) $(CUDA_FLAGS) $(CUDA_ARCHS) $(CUDA_INCLUDES) \
 	  -DHM_CUDA_INCLUDE='"$(CUDA)/include"' -MMD -MP -c $< -o $@
 
 $(CUDA_PLUGIN): $(CUDA_O)
@@ -55,8 +54,7 @@ $(CUDA_PLUGIN): $(CUDA_O)
 cuda-report: | $(GEN)/stamp ## registers, shared memory and spills of every CUDA kernel
 	@mkdir -p $(CUDA_OUT)
 	$(Q)for f in $(CUDA_CU:kernels/cuda/%.cu=%); do \
-	  exact=; case ' $(CUDA_EXACT) ' in *" $$f "*) exact=-fmad=false ;; esac; \
-	  $(NVCC) -std=c++17 -O3 $$exact -arch=sm_90 $(CUDA_INCLUDES) -Xptxas -v -diag-suppress 177 -c kernels/cuda/$$f.cu -o /dev/null || exit 1; \
+	  $(NVCC) -std=c++17 -O3 -fmad=false -arch=sm_90 $(CUDA_INCLUDES) -Xptxas -v -diag-suppress 177 -c kernels/cuda/$$f.cu -o /dev/null || exit 1; \
 	done > $(CUDA_OUT)/ptxas.txt 2>&1 || { cat $(CUDA_OUT)/ptxas.txt; exit 1; }
 	$(Q)scripts/cuda-report $(CUDA_OUT)/ptxas.txt
 
@@ -74,7 +72,7 @@ endif
 EMU_CU_OUT := $(OUT)/cuda-emu
 EMU_CU_O   := $(CUDA_CU:kernels/cuda/%.cu=$(EMU_CU_OUT)/%.o)
 
-cuda-emu: $(CUDA_EMU)
+cuda-emu: $(CUDA_EMU) ## the CUDA backend on the test double, for the specs (HALFMOON_CUDA=emu)
 
 $(EMU_CU_OUT)/%.o: kernels/cuda/%.cu | $(GEN)/stamp
 	@mkdir -p $(@D)

@@ -1,8 +1,8 @@
 /*
  * elementwise.cu -- the family elementwise: the op table's formulas on the device.
  *
- * build/gen/tiles.cuh has a functor for each row; elementwise.h runs it.  Built without contraction, so that the results are those of the CPU
- * to the bit; on the host with -fwrapv, since integers wrap.
+ * build/gen/tiles.cuh has a functor for each row; elementwise.h runs it.  Built without contraction, so that the
+ * results are those of the CPU to the bit; on the host with -fwrapv, since integers wrap.
  */
 #include "elementwise.h"
 
@@ -13,8 +13,10 @@
 
 template <class Op> static int run(const hm_kernel_call *call, const char *name) {
   const hm_view *out = &call->out[0], *in = call->in;
-  if (call->compute == HM_F32) return hm_elements_run<Op, float>(name, out, in, call->attr, nullptr, call->op, call->stream);
-  if (call->compute == HM_F64) return hm_elements_run<Op, double>(name, out, in, call->attr, nullptr, call->op, call->stream);
+  if (call->compute == HM_F32)
+    return hm_elements_run<Op, float>(name, out, in, call->attr, nullptr, call->op, call->stream);
+  if (call->compute == HM_F64)
+    return hm_elements_run<Op, double>(name, out, in, call->attr, nullptr, call->op, call->stream);
   if constexpr (Op::ints) {
     if (call->compute == HM_I64) {
       const bool divides = call->op == HM_OP_FLOOR_DIVIDE || call->op == HM_OP_REMAINDER;

@@ -1,9 +1,11 @@
 /*
- * elementwise.h -- the engine that brings operands to a functor on the device: elementwise.cu for the op table, copy.cu for casts.
+ * elementwise.h -- the engine that brings operands to a functor on the device: elementwise.cu for the op table,
+ * copy.cu for casts.
  *
- * Two kernels for each functor.  `runs` takes 4 or 8 neighbours at once by accesses of up to 16 bytes, for float32, half and byte operands that are
- * dense along the innermost dim or constant there: whole tensors, and rows with broadcast operands.  `single` takes one element a time, of
- * any dtypes and strides.  Dtypes are looked at once for each group of elements, so there is no kernel for each combination.
+ * Two kernels for each functor.  `runs` takes 4 or 8 neighbours at once by accesses of up to 16 bytes, for float32,
+ * half and byte operands that are dense along the innermost dim or constant there: whole tensors, and rows with
+ * broadcast operands.  `single` takes one element a time, of any dtypes and strides.  Dtypes are looked at once for
+ * each group of elements, so there is no kernel for each combination.
  *
  * A functor has inputs, attrs, width and value(inputs, constants); see scripts/gen/emit_cuda.lua.
  */
@@ -20,8 +22,8 @@ template <class T, int N, int C> struct hm_elements {
   hm_walk<N + 1> walk;
   void *data[N + 1];
   int8_t dtype[N + 1], kind[N + 1];
-  uint32_t tail;        /* elements behind the last whole group (single dim only) */
-  T number[N];          /* of inputs that are numbers */
+  uint32_t tail; /* elements behind the last whole group (single dim only) */
+  T number[N];   /* of inputs that are numbers */
   T constant[C ? C : 1];
   hm_cuda_fault *fault; /* integer division: in[1] must not hold 0; else NULL */
   int32_t op;
@@ -62,7 +64,8 @@ static __global__ void __launch_bounds__(HM_BLOCK, 2) hm_elements_runs(hm_elemen
       if (e.kind[n + 1] == HM_INPUT_RUN) {
         hm_load_run<V>(e.data[n + 1], e.dtype[n + 1], at[n + 1], in[n]);
       } else {
-        const float x = e.kind[n + 1] == HM_INPUT_NUMBER ? e.number[n] : hm_load<float>(e.data[n + 1], e.dtype[n + 1], at[n + 1]);
+        const float x =
+            e.kind[n + 1] == HM_INPUT_NUMBER ? e.number[n] : hm_load<float>(e.data[n + 1], e.dtype[n + 1], at[n + 1]);
 #pragma unroll
         for (int k = 0; k < V; k++) in[n][k] = x;
       }
@@ -109,7 +112,8 @@ static inline bool hm_operand_runs(const hm_loop *l, int k, const hm_view *v, co
 
 /* Fills e for one piece of a call; true: for the kernel `runs`. */
 template <class T, int N, int C>
-static bool hm_elements_set(hm_elements<T, N, C> *e, const hm_loop *l, const int64_t *base, const hm_view *out, const hm_view *in, int width) {
+static bool hm_elements_set(hm_elements<T, N, C> *e, const hm_loop *l, const int64_t *base, const hm_view *out,
+                            const hm_view *in, int width) {
   const int inner = l->ndim - 1;
   const bool whole = inner == 0 ? l->shape[0] >= width : l->shape[inner] % width == 0;
   bool runs = sizeof(T) == 4 && whole;
@@ -128,7 +132,8 @@ static bool hm_elements_set(hm_elements<T, N, C> *e, const hm_loop *l, const int
 
 /* Queues the functor for an output and its inputs of the same shape.  T: what to compute in. */
 template <class Op, class T>
-static int hm_elements_run(const char *name, const hm_view *out, const hm_view *in, const hm_attr *attr, hm_cuda_fault *fault, int op, void *stream) {
+static int hm_elements_run(const char *name, const hm_view *out, const hm_view *in, const hm_attr *attr,
+                           hm_cuda_fault *fault, int op, void *stream) {
   const int N = Op::inputs;
   hm_loop loop;
   if (hm__loop_make(&loop, out, N, in) == 0) return HM_OK;

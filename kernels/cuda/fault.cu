@@ -1,7 +1,8 @@
 /*
  * fault.cu -- what kernels found wrong with values, as messages.
  *
- * Runs on the host; called by the backend when it has waited for a stream.  Owns nothing: the record belongs to the backend.
+ * Runs on the host; called by the backend when it has waited for a stream.  Owns nothing: the record belongs to the
+ * backend.
  */
 #include "kernels_cuda.h"
 

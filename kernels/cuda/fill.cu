@@ -1,9 +1,10 @@
 /*
  * fill.cu -- constants, ranges, the identity matrix, random numbers.
  *
- * Random numbers are those of the CPU, to the bit in float32 and below and for integers: Philox4x32-10, where element i in row-major order takes word
- * i % 4 of counter offset + i / 4.  The head of kernels/cpu/fill.c has the rules.  A thread makes the four elements of one counter.
- * float64 normal numbers go through the device's log, sin and cos, and may differ in the last place.
+ * Random numbers are those of the CPU, to the bit in float32 and below and for integers: Philox4x32-10, where element
+ * i in row-major order takes word i % 4 of counter offset + i / 4.  The head of kernels/cpu/fill.c has the rules.  A
+ * thread makes the four elements of one counter. float64 normal numbers go through the device's log, sin and cos, and
+ * may differ in the last place.
  */
 #include "view.h"
 
@@ -25,7 +26,9 @@ template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) fill_st
 }
 
 /* Pieces of 16 bytes of dense memory, then the `tail` elements behind them. */
-template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) fill_dense(uint4 *out, uint4 pattern, uint32_t pieces, uint32_t tail) {
+template <class T>
+static __global__ void __launch_bounds__(HM_BLOCK, 2)
+    fill_dense(uint4 *out, uint4 pattern, uint32_t pieces, uint32_t tail) {
   for (uint32_t i = hm_global_thread(); i < pieces; i += hm_global_threads()) hm_store16(out + i, pattern);
   const uint32_t t = hm_global_thread();
   if (t < tail) reinterpret_cast<T *>(out + pieces)[t] = (T)((uint64_t)pattern.y << 32 | pattern.x);
@@ -35,7 +38,8 @@ template <class T> static int fill_size(const hm_loop &l, void *out, uint4 patte
   const int64_t per = 16 / (int64_t)sizeof(T);
   if (l.ndim == 1 && l.stride[0][0] == 1 && (uintptr_t)out % 16 == 0) {
     const uint32_t pieces = (uint32_t)(l.shape[0] / per), tail = (uint32_t)(l.shape[0] % per);
-    return HM_RUN("fill", (fill_dense<T>), hm_blocks(pieces), HM_BLOCK, 0, stream, static_cast<uint4 *>(out), pattern, pieces, tail);
+    return HM_RUN("fill", (fill_dense<T>), hm_blocks(pieces), HM_BLOCK, 0, stream, static_cast<uint4 *>(out), pattern,
+                  pieces, tail);
   }
   constant c;
   memset(&c, 0, sizeof c);
@@ -96,7 +100,8 @@ extern "C" int hm_cuda_fill_number(const hm_view *out, double f, int64_t i, void
 
 extern "C" int hm_cuda_fill_scalar(const hm_view *out, const hm_view *number, void *stream) {
   const bool is_float = hm_dtype_is_float(number->dtype);
-  return fill_bits(out, bits_of(out->dtype, is_float, is_float ? number->scalar.f : 0, is_float ? 0 : number->scalar.i), stream);
+  return fill_bits(out, bits_of(out->dtype, is_float, is_float ? number->scalar.f : 0, is_float ? 0 : number->scalar.i),
+                   stream);
 }
 
 /* A tensor of one element, repeated. */
@@ -152,7 +157,9 @@ static bool set_ordered(ordered *o, const hm_view *v) {
 }
 
 static int too_large(const char *name) {
-  return hm_cuda_fail(HM_ERR_UNSUPPORTED, "%s: 2^31 elements or more are filled only where memory is row-major\n  hint: contiguous()", name);
+  return hm_cuda_fail(HM_ERR_UNSUPPORTED,
+                      "%s: 2^31 elements or more are filled only where memory is row-major\n  hint: contiguous()",
+                      name);
 }
 
 HM_DEV int64_t place_of(const ordered &o, int64_t i) {
@@ -175,13 +182,16 @@ template <class T> struct range {
   T value[2];
 };
 
-HM_DEV int64_t range_value(int64_t start, int64_t step, int64_t i) { return (int64_t)((uint64_t)start + (uint64_t)i * (uint64_t)step); }
+HM_DEV int64_t range_value(int64_t start, int64_t step, int64_t i) {
+  return (int64_t)((uint64_t)start + (uint64_t)i * (uint64_t)step);
+}
 HM_DEV double range_value(double start, double step, int64_t i) { return start + (double)i * step; }
 
 template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) fill_range(range<T> r) {
   const T start = r.data[0] ? hm_load<T>(r.data[0], r.dtype[0], 0) : r.value[0];
   const T step = r.data[1] ? hm_load<T>(r.data[1], r.dtype[1], 0) : r.value[1];
-  for (int64_t i = first_of_thread(); i < r.o.count; i += all_threads()) hm_store<T>(r.o.out, r.o.dtype, place_of(r.o, i), range_value(start, step, i));
+  for (int64_t i = first_of_thread(); i < r.o.count; i += all_threads())
+    hm_store<T>(r.o.out, r.o.dtype, place_of(r.o, i), range_value(start, step, i));
 }
 
 template <class T> static int arange_in(const hm_view *out, const hm_view *const *number, void *stream) {
@@ -200,17 +210,20 @@ template <class T> static int arange_in(const hm_view *out, const hm_view *const
 static int arange(const hm_kernel_call *call) {
   const hm_view *number[2] = {&call->in[1], &call->in[2]};
   const bool floats = hm_dtype_is_float(number[0]->dtype) || hm_dtype_is_float(number[1]->dtype);
-  return floats ? arange_in<double>(&call->out[0], number, call->stream) : arange_in<int64_t>(&call->out[0], number, call->stream);
+  return floats ? arange_in<double>(&call->out[0], number, call->stream)
+                : arange_in<int64_t>(&call->out[0], number, call->stream);
 }
 
-template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) fill_eye(T *out, int64_t rows, int64_t cols, int64_t row, int64_t col, T one) {
+template <class T>
+static __global__ void __launch_bounds__(HM_BLOCK, 2)
+    fill_eye(T *out, int64_t rows, int64_t cols, int64_t row, int64_t col, T one) {
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x)
     for (int64_t c = threadIdx.x; c < cols; c += HM_BLOCK) out[r * row + c * col] = r == c ? one : (T)0;
 }
 
 template <class T> static int eye_size(const hm_view *v, uint64_t one, void *stream) {
-  return HM_RUN("eye_", (fill_eye<T>), hm_blocks(v->shape[0], 1), HM_BLOCK, 0, stream, static_cast<T *>(v->data), v->shape[0], v->shape[1],
-                v->stride[0], v->stride[1], (T)one);
+  return HM_RUN("eye_", (fill_eye<T>), hm_blocks(v->shape[0], 1), HM_BLOCK, 0, stream, static_cast<T *>(v->data),
+                v->shape[0], v->shape[1], v->stride[0], v->stride[1], (T)one);
 }
 
 static int eye(const hm_view *v, void *stream) {
@@ -229,7 +242,8 @@ extern "C" int hm_cuda_fill(const hm_kernel_call *call) {
   const hm_view *out = &call->out[0];
   if (call->op == HM_OP_FILL_) {
     const hm_view *value = &call->in[1];
-    return value->flags & HM_VIEW_SCALAR ? hm_cuda_fill_scalar(out, value, call->stream) : fill_from_tensor(out, value, call->stream);
+    return value->flags & HM_VIEW_SCALAR ? hm_cuda_fill_scalar(out, value, call->stream)
+                                         : fill_from_tensor(out, value, call->stream);
   }
   if (call->op == HM_OP_ARANGE_) return arange(call);
   if (call->op == HM_OP_EYE_) return eye(out, call->stream);
@@ -353,7 +367,9 @@ static uint16_t half_below(uint16_t h) {
   return h & 0x8000u ? (uint16_t)(h + 1) : (uint16_t)(h - 1);
 }
 
-static double half_value(uint16_t h, int dtype) { return (double)(dtype == HM_F16 ? hm_f16_to_f32(h) : hm_bf16_to_f32(h)); }
+static double half_value(uint16_t h, int dtype) {
+  return (double)(dtype == HM_F16 ? hm_f16_to_f32(h) : hm_bf16_to_f32(h));
+}
 
 /* The largest value of a dtype that is below x. */
 static double largest_below(double x, int dtype) {
@@ -374,7 +390,8 @@ static int uniform(draws *d, double low, double high, void *stream) {
   d->a = low;
   d->b = high - low;
   d->top = top > low ? top : low;
-  if (d->o.dtype == HM_F64) return HM_RUN("uniform_", (fill_random<UNIFORM, double>), hm_blocks((d->o.count + 3) / 4), HM_BLOCK, 0, stream, *d);
+  if (d->o.dtype == HM_F64)
+    return HM_RUN("uniform_", (fill_random<UNIFORM, double>), hm_blocks((d->o.count + 3) / 4), HM_BLOCK, 0, stream, *d);
   return HM_RUN("uniform_", (fill_random<UNIFORM, float>), hm_blocks((d->o.count + 3) / 4), HM_BLOCK, 0, stream, *d);
 }
 
@@ -382,12 +399,14 @@ static int normal(draws *d, double mean, double std, void *stream) {
   if (!(std >= 0)) return hm_cuda_fail(HM_ERR_ARG, "normal_: std is %g, at least 0 is wanted", std);
   d->a = mean;
   d->b = std;
-  if (d->o.dtype == HM_F64) return HM_RUN("normal_", (fill_random<NORMAL, double>), hm_blocks((d->o.count + 3) / 4), HM_BLOCK, 0, stream, *d);
+  if (d->o.dtype == HM_F64)
+    return HM_RUN("normal_", (fill_random<NORMAL, double>), hm_blocks((d->o.count + 3) / 4), HM_BLOCK, 0, stream, *d);
   return HM_RUN("normal_", (fill_random<NORMAL, float>), hm_blocks((d->o.count + 3) / 4), HM_BLOCK, 0, stream, *d);
 }
 
 static int random_integers(draws *d, int64_t low, int64_t high, void *stream) {
-  if (low >= high) return hm_cuda_fail(HM_ERR_ARG, "random_: low %lld must be below high %lld", (long long)low, (long long)high);
+  if (low >= high)
+    return hm_cuda_fail(HM_ERR_ARG, "random_: low %lld must be below high %lld", (long long)low, (long long)high);
   d->low = low;
   d->range = (uint64_t)high - (uint64_t)low;
   return HM_RUN("random_", (fill_random<INTEGERS, int64_t>), hm_blocks((d->o.count + 3) / 4), HM_BLOCK, 0, stream, *d);

@@ -1,8 +1,8 @@
 /*
  * group.h -- threads that work on one result together: a warp, or a block of 256.  Sums and maxima in one fixed order.
  *
- * Each thread brings a value; values meet in halves (16, 8, 4, 2, 1) within a warp, then in order of the warps.  Every thread gets the result.
- * Nothing depends on which thread comes first, so the bits are the same in every run.
+ * Each thread brings a value; values meet in halves (16, 8, 4, 2, 1) within a warp, then in order of the warps.
+ * Every thread gets the result. Nothing depends on which thread comes first, so the bits are the same in every run.
  *
  * Included by reduce.cu, norm.cu, loss.cu and multi.cu.  Owns nothing.
  */
@@ -17,7 +17,9 @@ HM_DEV float hm_shuffle_down(float x, int by) { return __shfl_down_sync(0xffffff
 HM_DEV double hm_shuffle_down(double x, int by) { return __shfl_down_sync(0xffffffffu, x, by); }
 HM_DEV int hm_shuffle_down(int x, int by) { return __shfl_down_sync(0xffffffffu, x, by); }
 HM_DEV int64_t hm_shuffle_down(int64_t x, int by) { return (int64_t)__shfl_down_sync(0xffffffffu, (long long)x, by); }
-HM_DEV uint64_t hm_shuffle_down(uint64_t x, int by) { return (uint64_t)__shfl_down_sync(0xffffffffu, (unsigned long long)x, by); }
+HM_DEV uint64_t hm_shuffle_down(uint64_t x, int by) {
+  return (uint64_t)__shfl_down_sync(0xffffffffu, (unsigned long long)x, by);
+}
 
 /* What lane 0 of the warp has. */
 HM_DEV float hm_first_lane(float x) { return __shfl_sync(0xffffffffu, x, 0); }
@@ -61,7 +63,8 @@ template <class J, int G, class T> HM_DEV T hm_group_join(T x) {
 
 /* ====== Rows along one dim ====== */
 
-/* K tensors of one shape, seen as rows along a dim: offsets of a row come from the walk, its elements lie `step` apart. */
+/* K tensors of one shape, seen as rows along a dim: offsets of a row come from the walk, its elements lie `step`
+ * apart. */
 template <int K> struct hm_rows {
   hm_walk<K> walk;
   int64_t step[K], length;
@@ -71,7 +74,8 @@ template <int K> struct hm_rows {
 
 enum { HM_KEEP = 8, HM_AHEAD = 4 }; /* elements of a row that a thread keeps in registers; that it reads at once */
 
-/* The elements t, t + G, ... of a row.  KEEP: they are read once and kept (the row has at most G * HM_KEEP); else read at each pass. */
+/* The elements t, t + G, ... of a row.  KEEP: they are read once and kept (the row has at most G * HM_KEEP); else
+ * read at each pass. */
 template <class T, int G, bool KEEP> struct hm_row {
   const void *data;
   int dtype, t;
@@ -108,7 +112,13 @@ template <class T, int G, bool KEEP> struct hm_row {
 };
 
 /* How rows are shared out. */
-typedef enum hm_row_plan { HM_ROWS_WARP_KEEP, HM_ROWS_WARP, HM_ROWS_BLOCK_KEEP, HM_ROWS_BLOCK, HM_ROWS_THREAD } hm_row_plan;
+typedef enum hm_row_plan {
+  HM_ROWS_WARP_KEEP,
+  HM_ROWS_WARP,
+  HM_ROWS_BLOCK_KEEP,
+  HM_ROWS_BLOCK,
+  HM_ROWS_THREAD
+} hm_row_plan;
 
 /* By the layout of operand x: rows that lie side by side in memory are taken by neighbouring threads, one each. */
 template <int K> static hm_row_plan hm_plan_rows(const hm_rows<K> &r, int x) {
@@ -120,7 +130,9 @@ template <int K> static hm_row_plan hm_plan_rows(const hm_rows<K> &r, int x) {
 }
 
 static inline unsigned hm_row_blocks(int64_t rows, hm_row_plan plan) {
-  return hm_blocks(rows, plan == HM_ROWS_THREAD ? HM_BLOCK : plan == HM_ROWS_WARP || plan == HM_ROWS_WARP_KEEP ? HM_WARPS : 1);
+  return hm_blocks(rows, plan == HM_ROWS_THREAD                              ? HM_BLOCK
+                         : plan == HM_ROWS_WARP || plan == HM_ROWS_WARP_KEEP ? HM_WARPS
+                                                                             : 1);
 }
 
 /* Sums one number after the other and keeps what each addition loses. */

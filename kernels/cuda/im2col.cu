@@ -1,9 +1,9 @@
 /*
  * im2col.cu -- convolution's windows as the lines of a matrix, and the way back.
  *
- * In channels-last a window's pixel is a run of channels, so lines are made of runs: a thread moves 16 bytes where strides and sizes allow it.  col2im is
- * in gather form: each element of the image adds the windows that cover it, in their order; nothing is added atomically.
- * For conv.cu.  Owns nothing.
+ * In channels-last a window's pixel is a run of channels, so lines are made of runs: a thread moves 16 bytes where
+ * strides and sizes allow it.  col2im is in gather form: each element of the image adds the windows that cover it, in
+ * their order; nothing is added atomically. For conv.cu.  Owns nothing.
  */
 #include "view.h"
 
@@ -59,7 +59,8 @@ template <class T> static int run_im2col(unfold u, void *stream) {
 static bool to_pieces(unfold *u, int size) {
   hm_im2col *g = &u->g;
   const int64_t per = 16 / size;
-  if (g->xs[1] != 1 || g->c / g->groups % per || g->ld % per || ((uintptr_t)u->x | (uintptr_t)u->col) % 16) return false;
+  if (g->xs[1] != 1 || g->c / g->groups % per || g->ld % per || ((uintptr_t)u->x | (uintptr_t)u->col) % 16)
+    return false;
   if (g->xs[0] % per || g->xs[2] % per || g->xs[3] % per) return false;
   g->c /= per, g->ld /= per;
   g->xs[0] /= per, g->xs[2] /= per, g->xs[3] /= per;
@@ -162,7 +163,8 @@ extern "C" int hm_cuda_col2im(const hm_im2col *g, const void *col, int col_dtype
     f.lines = g->n * g->oh * g->ow;
     f.by_group = hm_make_divisor(g->c / g->groups);
     const unsigned blocks = hm_blocks(f.walk.count);
-    if (x_dtype == HM_F64 || col_dtype == HM_F64) return HM_RUN("col2im", (col2im<double>), blocks, HM_BLOCK, 0, stream, f);
+    if (x_dtype == HM_F64 || col_dtype == HM_F64)
+      return HM_RUN("col2im", (col2im<double>), blocks, HM_BLOCK, 0, stream, f);
     return HM_RUN("col2im", (col2im<float>), blocks, HM_BLOCK, 0, stream, f);
   });
 }

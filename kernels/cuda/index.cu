@@ -1,8 +1,8 @@
 /*
  * index.cu -- reading and writing at places that a tensor names.
  *
- * select_backward in gather form: each element of the output looks whether the index of its position names it, and takes g or 0.  So
- * every element is written once, by one thread.
+ * select_backward in gather form: each element of the output looks whether the index of its position names it, and
+ * takes g or 0.  So every element is written once, by one thread.
  */
 #include "view.h"
 

@@ -1,15 +1,18 @@
 /*
  * kernels_cuda.h -- what the kernels of this folder offer to the backend, and what they ask of it.
  *
- * One C function for each family.  Each queues its work on (cudaStream_t)call->stream and returns; it waits for nothing and allocates nothing
- * beyond the workspace that its own workspace function asks for.  Arguments are those of kernels.h.
+ * One C function for each family.  Each queues its work on (cudaStream_t)call->stream and returns; it waits for
+ * nothing and allocates nothing beyond the workspace that its own workspace function asks for.  Arguments are those
+ * of kernels.h.
  *
- *   elementwise.cu  elementwise        copy.cu   copy             norm.cu   softmax and kin      multi.cu   multi-tensor passes
- *   reduce.cu       reductions         fill.cu   fill, random     loss.cu   cross entropy        im2col.cu  for convolution
- *   index.cu        select_backward    pool.cu   max_pool2d       fault.cu  faults as messages
+ *   elementwise.cu  elementwise        copy.cu  copy, cast      norm.cu    softmax and kin
+ *   reduce.cu       reductions         fill.cu  fill, random    loss.cu    cross entropy
+ *   index.cu        select_backward    pool.cu  max_pool2d      multi.cu   multi-tensor passes
+ *   im2col.cu       for convolution    fault.cu faults as messages
  *
- * Bad values that only the device sees (a class label out of range, a division by integer zero) become a fault: a small record in memory that
- * the host can read without a copy.  The first one is kept; the backend looks after each wait, and at each call if it likes.
+ * Bad values that only the device sees (a class label out of range, a division by integer zero) become a fault: a
+ * small record in memory that the host can read without a copy.  The first one is kept; the backend looks after each
+ * wait, and at each call if it likes.
  *
  * Included by every .cu file of this folder.  Owns nothing.
  */
@@ -50,28 +53,29 @@ int hm_cuda_fill_scalar(const hm_view *out, const hm_view *number, void *stream)
 
 /* ====== Multi-tensor passes ====== */
 
-/* As kernels.h has it.  CHECK and UNSCALE copy stat[] back and wait for it: the one wait of a step.  The others queue and return.
- * Scratch memory comes from cudaMallocAsync and goes back in the same call. */
+/* As kernels.h has it.  CHECK and UNSCALE copy stat[] back and wait for it: the one wait of a step.  The others
+ * queue and return. Scratch memory comes from cudaMallocAsync and goes back in the same call. */
 int hm_cuda_multi_tensor(const hm_multi_call *call);
 
-/* ---- without a wait: what a scaler and an optimizer keep on the device.  All in device memory, zeroed or set by the host at the start ---- */
+/* ---- without a wait: what a scaler and an optimizer keep on the device.  All in device memory, zeroed or set by
+ * the host at the start ---- */
 
 /* One scaler. */
 typedef struct hm_cuda_scaler {
-  double scale;       /* the scale that the next loss is multiplied by; gradients in flight were made with it */
-  int32_t clean;      /* steps since the last change */
-  int32_t found_inf;  /* set by hm_cuda_check_async if any optimizer found one, cleared by hm_cuda_scaler_update */
-  int64_t updates;    /* how often hm_cuda_scaler_update ran */
-  int64_t overflows;  /* how many of those found an overflow */
+  double scale;      /* the scale that the next loss is multiplied by; gradients in flight were made with it */
+  int32_t clean;     /* steps since the last change */
+  int32_t found_inf; /* set by hm_cuda_check_async if any optimizer found one, cleared by hm_cuda_scaler_update */
+  int64_t updates;   /* how often hm_cuda_scaler_update ran */
+  int64_t overflows; /* how many of those found an overflow */
 } hm_cuda_scaler;
 
 /* One optimizer with one scaler. */
 typedef struct hm_cuda_found {
-  int32_t found_inf;              /* of the last check */
-  int32_t unscaled;               /* host sets 1 when gradients have been unscaled already: updates then take them as they are */
-  int64_t skipped;                /* steps that hm_cuda_update_async skipped so far, so that t = attempt - skipped */
-  int64_t inf_count, nan_count;   /* of the last check */
-  double sum_sq, amax;            /* of the last check, unscaled */
+  int32_t found_inf; /* of the last check */
+  int32_t unscaled;  /* host sets 1 when gradients have been unscaled already: updates then take them as they are */
+  int64_t skipped;   /* steps that hm_cuda_update_async skipped so far, so that t = attempt - skipped */
+  int64_t inf_count, nan_count; /* of the last check */
+  double sum_sq, amax;          /* of the last check, unscaled */
 } hm_cuda_found;
 
 /* A pass that reads the scale and the flag from device memory.  call->inv_scale is ignored: it is 1 / scaler->scale. */
@@ -79,19 +83,19 @@ typedef struct hm_cuda_async {
   hm_cuda_scaler *scaler;
   hm_cuda_found *found;
   hm_multi_stat *stat;    /* check: n of them in device memory, or NULL */
-  const int64_t *attempt; /* update: by group, on the host: number of step() calls including this one (t if none had been skipped) */
-  double max_norm;        /* update: clip to this norm by found->sum_sq, 0 for none; call->grad_mul is applied as well */
+  const int64_t *attempt; /* update: by group, on the host: number of step() calls including this one; or NULL */
+  double max_norm; /* update: clip to this norm by found->sum_sq, 0 for none; call->grad_mul is applied as well */
 } hm_cuda_async;
 
 /* CHECK or UNSCALE: fills *found, raises scaler->found_inf.  UNSCALE writes the gradients. */
 int hm_cuda_check_async(const hm_multi_call *call, const hm_cuda_async *a);
-/* SGD or ADAM: does nothing on the device but count when found->found_inf is set.  Bias corrections and SGD's first step come from
- * attempt - skipped; those of call->group are not read. */
+/* SGD or ADAM: does nothing on the device but count when found->found_inf is set.  Bias corrections and SGD's
+ * first step come from attempt - skipped, or from call->group where attempt is NULL or 0. */
 int hm_cuda_update_async(const hm_multi_call *call, const hm_cuda_async *a);
 /* The rule of the policy "dynamic", then the scale is held between min_scale and max_scale (each 0 or infinite: none).
  * The result is rounded to float32, as a scale is. */
-int hm_cuda_scaler_update(hm_cuda_scaler *scaler, double growth_factor, double backoff_factor, int32_t growth_interval, double min_scale,
-                          double max_scale, void *stream);
+int hm_cuda_scaler_update(hm_cuda_scaler *scaler, double growth_factor, double backoff_factor, int32_t growth_interval,
+                          double min_scale, double max_scale, void *stream);
 
 /* ====== Convolution as a matrix product ====== */
 
@@ -100,15 +104,16 @@ typedef struct hm_im2col {
   int64_t n, c, h, w, oh, ow;
   int64_t kh, kw, sh, sw, ph, pw, dh, dw, groups; /* kernel, stride, padding, dilation */
   int64_t xs[4];                                  /* strides of the image side (n, c, h, w), in elements */
-  int64_t ld;                                     /* elements from one line of the matrix to the next, >= kh * kw * c / groups */
+  int64_t ld; /* elements from one line of the matrix to the next, >= kh * kw * c / groups */
 } hm_im2col;
 
-/* The matrix of group G begins at col + G * n*oh*ow * ld: one line for each window, in the order n, oh, ow; in a line kh, kw, c, the channel
- * running fastest.  Padding is 0; what lies between a line's end and ld is not written. */
+/* The matrix of group G begins at col + G * n*oh*ow * ld: one line for each window, in the order n, oh, ow; in a
+ * line kh, kw, c, the channel running fastest.  Padding is 0; what lies between a line's end and ld is not
+ * written. */
 /* col = windows of x; both of one dtype (any of 2, 4 or 8 bytes). */
 int hm_cuda_im2col(const hm_im2col *g, const void *x, void *col, int dtype, void *stream);
-/* x = sums over the windows that cover each pixel, in the order of the windows; accumulated in float32 (float64 for float64).  Every
- * element of x is written.  dtypes F16, BF16, F32, F64 on either side. */
+/* x = sums over the windows that cover each pixel, in the order of the windows; accumulated in float32 (float64
+ * for float64).  Every element of x is written.  dtypes F16, BF16, F32, F64 on either side. */
 int hm_cuda_col2im(const hm_im2col *g, const void *col, int col_dtype, void *x, int x_dtype, void *stream);
 
 /* ====== What the backend provides ====== */
@@ -127,15 +132,16 @@ typedef struct hm_cuda_fault {
   int64_t value, limit; /* the value; the first that would be too large, where there is such */
 } hm_cuda_fault;
 
-/* The record of the device that `stream` belongs to: zeroed, device-accessible, readable by the host (cudaHostAllocMapped). NULL: none,
- * faults are then not reported. */
+/* The record of the device that `stream` belongs to: zeroed, device-accessible, readable by the host
+ * (cudaHostAllocMapped). NULL: none, faults are then not reported. */
 hm_cuda_fault *hm_cuda_fault_word(void *stream);
 }
 
 /* Counts one launch. */
 void hm_cuda_count_launch(void);
 
-/* Offered by fault.cu: if there is a fault, clears it and returns its code with a message, else HM_OK.  To be called when the stream is idle. */
+/* Offered by fault.cu: if there is a fault, clears it and returns its code with a message, else HM_OK.  To be
+ * called when the stream is idle. */
 extern "C" int hm_cuda_fault_take(hm_cuda_fault *fault);
 
 /* Device side: keeps the first fault. */
@@ -150,6 +156,7 @@ HM_DEV void hm_fault(hm_cuda_fault *f, int code, int op, int64_t value, int64_t 
 
 /* Queues a kernel (in parentheses if it has template arguments); its status as HM_OK or an error with a message. */
 #define HM_RUN(name, kernel, grid, block, shared, stream, ...)                                                         \
-  (hm_cuda_count_launch(), hm_cuda_status(HM_LAUNCH(kernel, (grid), (block), (shared), (cudaStream_t)(stream), __VA_ARGS__), (name)))
+  (hm_cuda_count_launch(),                                                                                             \
+   hm_cuda_status(HM_LAUNCH(kernel, (grid), (block), (shared), (cudaStream_t)(stream), __VA_ARGS__), (name)))
 
 #endif

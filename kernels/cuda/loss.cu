@@ -1,10 +1,11 @@
 /*
  * loss.cu -- cross entropy with softmax fused in, and its gradient.
  *
- * Logits are rows along the class dim, shared out as in norm.cu.  The forward kernel keeps each row's log of the sum of exponentials (lse) and adds the losses
- * of its block's rows in double; a second kernel adds the blocks' sums in order (none is needed where one block does it all).  The gradient takes
- * exp(x - lse) and divides by its sum, which removes the rounding of lse.  For the mean it needs the number of positions that are not ignored: each
- * block counts them if they are few, else a kernel before it does.
+ * Logits are rows along the class dim, shared out as in norm.cu.  The forward kernel keeps each row's log of the sum
+ * of exponentials (lse) and adds the losses of its block's rows in double; a second kernel adds the blocks' sums in
+ * order (none is needed where one block does it all).  The gradient takes exp(x - lse) and divides by its sum, which
+ * removes the rounding of lse.  For the mean it needs the number of positions that are not ignored: each block counts
+ * them if they are few, else a kernel before it does.
  *
  * A target that is no class makes a fault (kernels_cuda.h) and NaN.
  */
@@ -24,7 +25,7 @@ struct entropy {
   int32_t op, reduction;
   int64_t ignore;
   double smoothing;
-  part *parts;         /* forward: one for each block */
+  part *parts;           /* forward: one for each block */
   const int64_t *counts; /* backward: how many positions count, in `n_counts` parts; NULL: each block counts */
   int32_t n_counts;
   hm_cuda_fault *fault;
@@ -78,7 +79,8 @@ template <class T, int G, bool KEEP> static __global__ void __launch_bounds__(HM
   const uint32_t groups = HM_BLOCK / G, count = e.rows.walk.count;
   const int t = (int)threadIdx.x % G;
   part mine = {0.0, 0};
-  for (uint32_t first = blockIdx.x * groups; first < count; first += gridDim.x * groups) { /* the same rounds for all threads */
+  for (uint32_t first = blockIdx.x * groups; first < count;
+       first += gridDim.x * groups) { /* the same rounds for all threads */
     const uint32_t row = first + threadIdx.x / G;
     const bool here = row < count;
     int64_t at[5];
@@ -97,7 +99,8 @@ template <class T, int G, bool KEEP> static __global__ void __launch_bounds__(HM
     if (!here || t != 0) continue;
     const int64_t target = target_at(e, at[2]);
     const T log_sum = hm_log(sum);
-    const T picked = target < 0 ? (T)0 : hm_load<T>(e.rows.data[1], e.rows.dtype[1], at[1] + target * e.rows.step[1]) - top;
+    const T picked =
+        target < 0 ? (T)0 : hm_load<T>(e.rows.data[1], e.rows.dtype[1], at[1] + target * e.rows.step[1]) - top;
     keep_row(e, at, target, (double)top + (double)log_sum, row_loss(e, log_sum, picked, shifted), &mine);
   }
   keep_part(e, mine);
@@ -119,7 +122,8 @@ template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) entropy
     });
     const int64_t target = target_at(e, at[2]);
     const T log_sum = hm_log(sum.sum);
-    const T picked = target < 0 ? (T)0 : hm_load<T>(e.rows.data[1], e.rows.dtype[1], at[1] + target * e.rows.step[1]) - top;
+    const T picked =
+        target < 0 ? (T)0 : hm_load<T>(e.rows.data[1], e.rows.dtype[1], at[1] + target * e.rows.step[1]) - top;
     keep_row(e, at, target, (double)top + (double)log_sum, row_loss(e, log_sum, picked, shifted.sum), &mine);
   }
   keep_part(e, mine);
@@ -170,7 +174,8 @@ template <class T> HM_DEV T coefficient(const entropy &e, const int64_t (&at)[5]
 }
 
 /* Writes one element of the gradient. */
-template <class T> HM_DEV void put(const entropy &e, const int64_t (&at)[5], int64_t i, int64_t target, T softmax, T coef) {
+template <class T>
+HM_DEV void put(const entropy &e, const int64_t (&at)[5], int64_t i, int64_t target, T softmax, T coef) {
   const T share = (T)(e.smoothing / (double)e.rows.length), rest = (T)(1 - e.smoothing);
   T y = softmax - share;
   if (i == target) y = y - rest;
@@ -178,7 +183,8 @@ template <class T> HM_DEV void put(const entropy &e, const int64_t (&at)[5], int
   hm_store<T>(e.rows.data[0], e.rows.dtype[0], at[0] + i * e.rows.step[0], y);
 }
 
-template <class T, int G, bool KEEP> static __global__ void __launch_bounds__(HM_BLOCK, 2) entropy_backward_groups(entropy e) {
+template <class T, int G, bool KEEP>
+static __global__ void __launch_bounds__(HM_BLOCK, 2) entropy_backward_groups(entropy e) {
   const uint32_t groups = HM_BLOCK / G, count = e.rows.walk.count;
   const int64_t valid = valid_positions(e);
   for (uint32_t first = blockIdx.x * groups; first < count; first += gridDim.x * groups) {
@@ -232,7 +238,8 @@ static int set_entropy(entropy *e, const hm_kernel_call *call, bool *empty) {
   e->reduction = (int32_t)call->attr[0].i;
   e->ignore = call->attr[1].i;
   e->smoothing = call->attr[2].f;
-  const hm_view *view[5] = {backward ? &call->out[0] : &call->out[1], x, target, backward ? &call->in[3] : &call->out[0], backward ? &call->in[0] : target};
+  const hm_view *view[5] = {backward ? &call->out[0] : &call->out[1], x, target,
+                            backward ? &call->in[3] : &call->out[0], backward ? &call->in[0] : target};
   hm_view row[5];
   const hm_view shape = hm_without_dim(x, dim);
   for (int k = 0; k < 5; k++) {
@@ -252,7 +259,8 @@ static int set_entropy(entropy *e, const hm_kernel_call *call, bool *empty) {
   const int64_t count = hm__loop_make(&loop, &order, 5, in);
   *empty = count == 0;
   if (count >= HM_CUDA_PIECE) return hm_cuda_fail(HM_ERR_UNSUPPORTED, "%s: 2^31 rows or more", name_of(call));
-  if (count > 0 && e->rows.length == 0) return hm_cuda_fail(HM_ERR_ARG, "cross_entropy: the logits have no classes (C = 0)");
+  if (count > 0 && e->rows.length == 0)
+    return hm_cuda_fail(HM_ERR_ARG, "cross_entropy: the logits have no classes (C = 0)");
   if (count == 0) return HM_OK;
   for (int k = 0; k < 5; k++) memmove(loop.stride[k], loop.stride[k + 1], sizeof loop.stride[k]);
   e->rows.walk = hm_make_walk<5>(&loop);
@@ -280,10 +288,13 @@ template <class T> static int launch_backward(const entropy &e, const char *name
   const hm_row_plan plan = hm_plan_rows(e.rows, 1);
   const unsigned blocks = hm_row_blocks(e.rows.walk.count, plan);
   switch (plan) {
-  case HM_ROWS_WARP_KEEP: return HM_RUN(name, (entropy_backward_groups<T, HM_WARP, true>), blocks, HM_BLOCK, 0, stream, e);
+  case HM_ROWS_WARP_KEEP:
+    return HM_RUN(name, (entropy_backward_groups<T, HM_WARP, true>), blocks, HM_BLOCK, 0, stream, e);
   case HM_ROWS_WARP: return HM_RUN(name, (entropy_backward_groups<T, HM_WARP, false>), blocks, HM_BLOCK, 0, stream, e);
-  case HM_ROWS_BLOCK_KEEP: return HM_RUN(name, (entropy_backward_groups<T, HM_BLOCK, true>), blocks, HM_BLOCK, 0, stream, e);
-  case HM_ROWS_BLOCK: return HM_RUN(name, (entropy_backward_groups<T, HM_BLOCK, false>), blocks, HM_BLOCK, 0, stream, e);
+  case HM_ROWS_BLOCK_KEEP:
+    return HM_RUN(name, (entropy_backward_groups<T, HM_BLOCK, true>), blocks, HM_BLOCK, 0, stream, e);
+  case HM_ROWS_BLOCK:
+    return HM_RUN(name, (entropy_backward_groups<T, HM_BLOCK, false>), blocks, HM_BLOCK, 0, stream, e);
   default: return HM_RUN(name, (entropy_backward_threads<T>), blocks, HM_BLOCK, 0, stream, e);
   }
 }
@@ -302,13 +313,17 @@ static int forward(const hm_kernel_call *call) {
   bool empty;
   int status = set_entropy(&e, call, &empty);
   if (status != HM_OK) return status;
-  if (empty) return e.reduction == NONE ? HM_OK : hm_cuda_fill_number(loss, e.reduction == MEAN ? (double)NAN : 0.0, 0, call->stream);
+  if (empty)
+    return e.reduction == NONE ? HM_OK
+                               : hm_cuda_fill_number(loss, e.reduction == MEAN ? (double)NAN : 0.0, 0, call->stream);
   const unsigned blocks = forward_blocks(&e);
-  if (blocks > 1 && call->workspace_bytes < blocks * sizeof(part)) return hm_cuda_fail(HM_ERR_INTERNAL, "%s: the workspace is too small", name);
+  if (blocks > 1 && call->workspace_bytes < blocks * sizeof(part))
+    return hm_cuda_fail(HM_ERR_INTERNAL, "%s: the workspace is too small", name);
   e.parts = static_cast<part *>(call->workspace);
   e.loss = blocks == 1 ? loss->data : nullptr;
   e.loss_dtype = loss->dtype;
-  status = call->compute == HM_F64 ? launch_forward<double>(e, blocks, name, call->stream) : launch_forward<float>(e, blocks, name, call->stream);
+  status = call->compute == HM_F64 ? launch_forward<double>(e, blocks, name, call->stream)
+                                   : launch_forward<float>(e, blocks, name, call->stream);
   if (status != HM_OK || blocks == 1 || e.reduction == NONE) return status;
   e.loss = loss->data;
   return HM_RUN(name, entropy_total, 1, HM_BLOCK, 0, call->stream, e, (int)blocks);
@@ -324,13 +339,15 @@ static int backward(const hm_kernel_call *call) {
     int64_t *counts = static_cast<int64_t *>(call->workspace);
     unsigned parts = hm_blocks(e.rows.walk.count, FEW);
     if (parts > MOST_PARTS) parts = MOST_PARTS;
-    if (call->workspace_bytes < parts * sizeof *counts) return hm_cuda_fail(HM_ERR_INTERNAL, "%s: the workspace is too small", name);
+    if (call->workspace_bytes < parts * sizeof *counts)
+      return hm_cuda_fail(HM_ERR_INTERNAL, "%s: the workspace is too small", name);
     status = HM_RUN(name, entropy_count, parts, HM_BLOCK, 0, call->stream, e, counts);
     if (status != HM_OK) return status;
     e.counts = counts;
     e.n_counts = (int32_t)parts;
   }
-  return call->compute == HM_F64 ? launch_backward<double>(e, name, call->stream) : launch_backward<float>(e, name, call->stream);
+  return call->compute == HM_F64 ? launch_backward<double>(e, name, call->stream)
+                                 : launch_backward<float>(e, name, call->stream);
 }
 
 extern "C" int hm_cuda_loss(const hm_kernel_call *call) {

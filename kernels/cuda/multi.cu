@@ -1,14 +1,16 @@
 /*
  * multi.cu -- the scaler's and the optimizers' passes over all parameters at once.
  *
- * Up to 48 parameters go into one launch by value; each block takes 16,384 elements of one of them, four neighbours a thread at a time.  The updates are
- * the CPU's to the bit where both compute in the same type (kernels/cpu/multi.c has the formulas, which are PyTorch's).
+ * Up to 48 parameters go into one launch by value; each block takes 16,384 elements of one of them, four neighbours a
+ * thread at a time.  The updates are the CPU's to the bit where both compute in the same type (kernels/cpu/multi.c
+ * has the formulas, which are PyTorch's).
  *
- * Pass 1 leaves counts, the largest value and the sum of squares of each block in scratch memory; a second kernel adds them by parameter in order.
- * Squares are added in float32 by fours and in double from there on; a four with a value that is not finite, or whose squares would leave float32's
- * range, is done one value at a time in double.
+ * Pass 1 leaves counts, the largest value and the sum of squares of each block in scratch memory; a second kernel
+ * adds them by parameter in order. Squares are added in float32 by fours and in double from there on; a four with a
+ * value that is not finite, or whose squares would leave float32's range, is done one value at a time in double.
  *
- * With a device-side scaler (kernels_cuda.h) the same kernels read the scale and the flag from device memory, and skip themselves.
+ * With a device-side scaler (kernels_cuda.h) the same kernels read the scale and the flag from device memory, and
+ * skip themselves.
  */
 #include "group.h"
 
@@ -89,8 +91,10 @@ template <class T> HM_DEV void store_four(void *data, int dtype, int64_t at, int
 
 /* Calls f(at, left) for the fours of this thread in the block's chunk of an item. */
 template <class F> HM_DEV void each_four(const entry &e, F f) {
-  const int64_t begin = (int64_t)(blockIdx.x - e.first) * CHUNK, limit = begin + CHUNK, end = limit < e.numel ? limit : e.numel;
-  for (int64_t i = begin + (int64_t)threadIdx.x * FOUR; i < end; i += HM_BLOCK * FOUR) f(i, (int)(end - i < FOUR ? end - i : (int64_t)FOUR));
+  const int64_t begin = (int64_t)(blockIdx.x - e.first) * CHUNK, limit = begin + CHUNK,
+                end = limit < e.numel ? limit : e.numel;
+  for (int64_t i = begin + (int64_t)threadIdx.x * FOUR; i < end; i += HM_BLOCK * FOUR)
+    f(i, (int)(end - i < FOUR ? end - i : (int64_t)FOUR));
 }
 
 /* ====== Pass 1 ====== */
@@ -171,10 +175,12 @@ template <class T> HM_DEV hm_multi_stat check_chunk(const batch &t, int i, bool 
 }
 
 /* Statistics of each block into part[block]; `write`: the gradient becomes the unscaled one. */
-static __global__ void __launch_bounds__(HM_BLOCK, 2) check_blocks(batch t, bool write, limits most, hm_multi_stat *part) {
+static __global__ void __launch_bounds__(HM_BLOCK, 2)
+    check_blocks(batch t, bool write, limits most, hm_multi_stat *part) {
   const int i = item_of(t, blockIdx.x), dtype = t.item[i].grad_dtype;
   const double limit = dtype == HM_F16 ? most.by_dtype[0] : dtype == HM_BF16 ? most.by_dtype[1] : most.by_dtype[2];
-  const hm_multi_stat s = dtype == HM_F64 ? check_chunk<double>(t, i, write, limit) : check_chunk<float>(t, i, write, limit);
+  const hm_multi_stat s =
+      dtype == HM_F64 ? check_chunk<double>(t, i, write, limit) : check_chunk<float>(t, i, write, limit);
   if (threadIdx.x == 0) part[blockIdx.x] = s;
 }
 
@@ -186,7 +192,8 @@ HM_DEV void add_stat(hm_multi_stat *total, const hm_multi_stat &s) {
 }
 
 /* stat[item] from the parts of its blocks, one item a block. */
-static __global__ void __launch_bounds__(HM_BLOCK, 2) check_items(batch t, const hm_multi_stat *part, uint32_t blocks, hm_multi_stat *stat) {
+static __global__ void __launch_bounds__(HM_BLOCK, 2)
+    check_items(batch t, const hm_multi_stat *part, uint32_t blocks, hm_multi_stat *stat) {
   const int i = (int)blockIdx.x;
   const uint32_t end = t.item[i].numel == 0 ? t.item[i].first : i + 1 < t.n ? t.item[i + 1].first : blocks;
   hm_multi_stat s = empty_stat();
@@ -196,7 +203,8 @@ static __global__ void __launch_bounds__(HM_BLOCK, 2) check_items(batch t, const
 }
 
 /* All items into the optimizer's record, by one block. */
-static __global__ void __launch_bounds__(HM_BLOCK, 2) check_all(const hm_multi_stat *stat, int32_t n, hm_cuda_scaler *scaler, hm_cuda_found *found, bool unscaled) {
+static __global__ void __launch_bounds__(HM_BLOCK, 2)
+    check_all(const hm_multi_stat *stat, int32_t n, hm_cuda_scaler *scaler, hm_cuda_found *found, bool unscaled) {
   hm_multi_stat s = empty_stat();
   for (int32_t i = (int32_t)threadIdx.x; i < n; i += HM_BLOCK) add_stat(&s, stat[i]);
   s = join_stat(s);
@@ -233,12 +241,13 @@ static __global__ void __launch_bounds__(HM_BLOCK, 2) scale_blocks(batch t) {
 
 /* ====== Pass 2 ====== */
 
-/* Constants of one group, in double; kernels round them once.  For a device-side step the last four are made on the device. */
+/* Constants of one group, in double; kernels round them once.  For a device-side step the last four are made on
+ * the device. */
 struct rates {
-  double weight_decay, momentum, keep, minus_lr;           /* SGD */
-  double shrink, weight, beta1, beta2, rest2, eps, lr;     /* Adam */
-  double root2, step;                                      /* of the bias corrections */
-  int64_t attempt;                                         /* device-side step: number of step() calls; else 0 */
+  double weight_decay, momentum, keep, minus_lr;       /* SGD */
+  double shrink, weight, beta1, beta2, rest2, eps, lr; /* Adam */
+  double root2, step;                                  /* of the bias corrections */
+  int64_t attempt;                                     /* device-side step: number of step() calls; else 0 */
   bool decay, nesterov, maximize, decoupled, near, first;
 };
 
@@ -264,7 +273,8 @@ template <class T> HM_DEV void sgd_four(const rates &r, bool first, bool has_buf
 }
 
 template <class T> HM_DEV void adam_four(const rates &r, double root, double steps, const T *g, T *p, T *m, T *v) {
-  const T shrink = (T)r.shrink, wd = (T)r.weight_decay, weight = (T)r.weight, beta2 = (T)r.beta2, rest2 = (T)r.rest2, eps = (T)r.eps;
+  const T shrink = (T)r.shrink, wd = (T)r.weight_decay, weight = (T)r.weight, beta2 = (T)r.beta2, rest2 = (T)r.rest2,
+          eps = (T)r.eps;
   const T root2 = (T)root, step = (T)steps;
   const bool shrinks = r.decoupled && r.decay, adds = r.decay && !r.decoupled;
 #pragma unroll
@@ -339,7 +349,8 @@ static __global__ void end_step(hm_cuda_found *found) {
   found->unscaled = 0;
 }
 
-static __global__ void update_scaler(hm_cuda_scaler *s, double growth, double backoff, int32_t interval, double low, double high) {
+static __global__ void update_scaler(hm_cuda_scaler *s, double growth, double backoff, int32_t interval, double low,
+                                     double high) {
   double scale = s->scale;
   s->updates++;
   if (s->found_inf) {
@@ -407,15 +418,17 @@ static void put_item(batch *t, const hm_multi_item *m, uint32_t first, bool grad
     e->param = m->param, e->param_dtype = (int8_t)m->param_dtype;
     e->low = m->low, e->low_dtype = (int8_t)m->low_dtype;
     e->state[0] = m->state[0], e->state[1] = m->state[1], e->state_dtype = (int8_t)m->state_dtype;
-    run = run && dense_run(m->param, m->param_dtype) && dense_run(m->low, m->low_dtype) && dense_run(m->state[0], m->state_dtype) &&
-          dense_run(m->state[1], m->state_dtype);
+    run = run && dense_run(m->param, m->param_dtype) && dense_run(m->low, m->low_dtype) &&
+          dense_run(m->state[0], m->state_dtype) && dense_run(m->state[1], m->state_dtype);
   }
   if (run) t->runs |= (uint64_t)1 << t->n;
   t->n++;
 }
 
-/* Calls run(batch, blocks, index of its first item, group) for all items in order; `by_group`: a batch has items of one group only. */
-template <class F> static int each_batch(const hm_multi_call *call, batch *t, bool gradient_only, bool by_group, F run) {
+/* Calls run(batch, blocks, index of its first item, group) for all items in order; `by_group`: a batch has items
+ * of one group only. */
+template <class F>
+static int each_batch(const hm_multi_call *call, batch *t, bool gradient_only, bool by_group, F run) {
   for (int32_t i = 0; i < call->n;) {
     const int32_t from = i;
     int64_t blocks = 0;
@@ -448,18 +461,21 @@ static int queue_check(const hm_multi_call *call, batch *t, hm_multi_stat *part,
   return each_batch(call, t, true, false, [&](uint32_t blocks, int32_t from, int) {
     int status = HM_OK;
     if (blocks > 0) status = HM_RUN(NAME, check_blocks, blocks, HM_BLOCK, 0, call->stream, *t, write, most, part);
-    if (status == HM_OK) status = HM_RUN(NAME, check_items, (unsigned)t->n, HM_BLOCK, 0, call->stream, *t, part, blocks, stat + from);
+    if (status == HM_OK)
+      status = HM_RUN(NAME, check_items, (unsigned)t->n, HM_BLOCK, 0, call->stream, *t, part, blocks, stat + from);
     part += blocks;
     return status;
   });
 }
 
-/* The constants of a group; attempt: 0, or which step() call this is by the host's count (the device then makes the bias corrections). */
+/* The constants of a group; attempt: 0, or which step() call this is by the host's count (the device then makes
+ * the bias corrections). */
 static rates rates_of(const hm_multi_group *h, int64_t attempt) {
   rates r;
   memset(&r, 0, sizeof r);
   r.weight_decay = h->weight_decay, r.momentum = h->momentum, r.keep = 1 - h->dampening, r.minus_lr = -h->lr;
-  r.shrink = 1 - h->lr * h->weight_decay, r.weight = 1 - h->beta1, r.beta1 = h->beta1, r.beta2 = h->beta2, r.rest2 = 1 - h->beta2;
+  r.shrink = 1 - h->lr * h->weight_decay, r.weight = 1 - h->beta1, r.beta1 = h->beta1, r.beta2 = h->beta2,
+  r.rest2 = 1 - h->beta2;
   r.eps = h->eps, r.lr = h->lr;
   r.decay = h->weight_decay != 0;
   r.nesterov = h->nesterov, r.maximize = h->maximize, r.decoupled = h->decoupled, r.first = h->first;
@@ -535,7 +551,8 @@ extern "C" int hm_cuda_check_async(const hm_multi_call *call, const hm_cuda_asyn
   hm_multi_stat *const room = static_cast<hm_multi_stat *>(s.data), *const stat = a->stat ? a->stat : room;
   status = queue_check(call, &t, room + stats, stat);
   if (status == HM_OK)
-    status = HM_RUN(NAME, check_all, 1, HM_BLOCK, 0, call->stream, stat, call->n, a->scaler, a->found, call->op == HM_MULTI_UNSCALE);
+    status = HM_RUN(NAME, check_all, 1, HM_BLOCK, 0, call->stream, stat, call->n, a->scaler, a->found,
+                    call->op == HM_MULTI_UNSCALE);
   return give_scratch(&s, call->stream, status);
 }
 
@@ -551,7 +568,8 @@ extern "C" int hm_cuda_update_async(const hm_multi_call *call, const hm_cuda_asy
   return status != HM_OK ? status : HM_RUN(NAME, end_step, 1, 1, 0, call->stream, a->found);
 }
 
-extern "C" int hm_cuda_scaler_update(hm_cuda_scaler *scaler, double growth_factor, double backoff_factor, int32_t growth_interval,
-                                     double min_scale, double max_scale, void *stream) {
-  return HM_RUN("scale update", update_scaler, 1, 1, 0, stream, scaler, growth_factor, backoff_factor, growth_interval, min_scale, max_scale);
+extern "C" int hm_cuda_scaler_update(hm_cuda_scaler *scaler, double growth_factor, double backoff_factor,
+                                     int32_t growth_interval, double min_scale, double max_scale, void *stream) {
+  return HM_RUN("scale update", update_scaler, 1, 1, 0, stream, scaler, growth_factor, backoff_factor, growth_interval,
+                min_scale, max_scale);
 }

@@ -1,9 +1,9 @@
 /*
  * norm.cu -- softmax and log_softmax along a dim, and their gradients.
  *
- * A row of up to 1,024 elements is taken by a warp, a longer one by a block; where rows lie side by side in memory (a dim that is not the innermost) each thread
- * takes one.  Rows of up to 8 elements a thread are read once and stay in registers.  A row with NaN or +inf, or of nothing but -inf, is
- * NaN, as the formulas give it.
+ * A row of up to 1,024 elements is taken by a warp, a longer one by a block; where rows lie side by side in memory (a
+ * dim that is not the innermost) each thread takes one.  Rows of up to 8 elements a thread are read once and stay in
+ * registers.  A row with NaN or +inf, or of nothing but -inf, is NaN, as the formulas give it.
  */
 #include "group.h"
 
@@ -13,7 +13,8 @@ typedef hm_rows<3> norm_rows; /* result; x or g; out (backward) */
 
 /* ====== A row by a warp or a block ====== */
 
-template <class T, int WHAT, int G, bool KEEP> HM_DEV void forward_row(const norm_rows &r, const int64_t (&at)[3], int64_t length, int t) {
+template <class T, int WHAT, int G, bool KEEP>
+HM_DEV void forward_row(const norm_rows &r, const int64_t (&at)[3], int64_t length, int t) {
   hm_row<T, G, KEEP> x;
   x.open(r.data[1], r.dtype[1], at[1], r.step[1], length, t);
   T top = -(T)INFINITY, sum = (T)0;
@@ -32,26 +33,33 @@ template <class T, int WHAT, int G, bool KEEP> HM_DEV void forward_row(const nor
   });
 }
 
-template <class T, int WHAT, int G, bool KEEP> HM_DEV void backward_row(const norm_rows &r, const int64_t (&at)[3], int64_t length, int t) {
+template <class T, int WHAT, int G, bool KEEP>
+HM_DEV void backward_row(const norm_rows &r, const int64_t (&at)[3], int64_t length, int t) {
   hm_row<T, G, KEEP> g;
   g.open(r.data[1], r.dtype[1], at[1], r.step[1], length, t);
   T sum = (T)0;
-  g.each([&](int64_t i, T &v) { sum += WHAT == SOFTMAX_BACKWARD ? v * hm_load<T>(r.data[2], r.dtype[2], at[2] + i * r.step[2]) : v; });
+  g.each([&](int64_t i, T &v) {
+    sum += WHAT == SOFTMAX_BACKWARD ? v * hm_load<T>(r.data[2], r.dtype[2], at[2] + i * r.step[2]) : v;
+  });
   sum = hm_group_join<hm_sum, G>(sum);
   g.each([&](int64_t i, T &v) {
     const T out = hm_load<T>(r.data[2], r.dtype[2], at[2] + i * r.step[2]);
-    hm_store<T>(r.data[0], r.dtype[0], at[0] + i * r.step[0], WHAT == SOFTMAX_BACKWARD ? out * (v - sum) : v - hm_exp(out) * sum);
+    hm_store<T>(r.data[0], r.dtype[0], at[0] + i * r.step[0],
+                WHAT == SOFTMAX_BACKWARD ? out * (v - sum) : v - hm_exp(out) * sum);
   });
 }
 
-template <class T, int WHAT, int G, bool KEEP> static __global__ void __launch_bounds__(HM_BLOCK, 2) norm_groups(norm_rows r) {
+template <class T, int WHAT, int G, bool KEEP>
+static __global__ void __launch_bounds__(HM_BLOCK, 2) norm_groups(norm_rows r) {
   const uint32_t groups = HM_BLOCK / G;
-  for (uint32_t first = blockIdx.x * groups; first < r.walk.count; first += gridDim.x * groups) { /* the same rounds for all threads */
+  for (uint32_t first = blockIdx.x * groups; first < r.walk.count;
+       first += gridDim.x * groups) { /* the same rounds for all threads */
     const uint32_t row = first + threadIdx.x / G;
     int64_t at[3];
     hm_offsets(r.walk, row < r.walk.count ? row : 0u, at);
     const int64_t length = row < r.walk.count ? r.length : 0;
-    if constexpr (WHAT == SOFTMAX || WHAT == LOG_SOFTMAX) forward_row<T, WHAT, G, KEEP>(r, at, length, (int)threadIdx.x % G);
+    if constexpr (WHAT == SOFTMAX || WHAT == LOG_SOFTMAX)
+      forward_row<T, WHAT, G, KEEP>(r, at, length, (int)threadIdx.x % G);
     else backward_row<T, WHAT, G, KEEP>(r, at, length, (int)threadIdx.x % G);
   }
 }
@@ -71,14 +79,18 @@ template <class T, int WHAT> static __global__ void __launch_bounds__(HM_BLOCK, 
       a.each([&](int64_t, T &v) { sum.add(hm_exp(v - top)); });
       const T s = sum.sum, log_sum = hm_log(s);
       a.each([&](int64_t i, T &v) {
-        hm_store<T>(r.data[0], r.dtype[0], at[0] + i * r.step[0], WHAT == LOG_SOFTMAX ? v - top - log_sum : hm_exp(v - top) / s);
+        hm_store<T>(r.data[0], r.dtype[0], at[0] + i * r.step[0],
+                    WHAT == LOG_SOFTMAX ? v - top - log_sum : hm_exp(v - top) / s);
       });
     } else {
-      a.each([&](int64_t i, T &v) { sum.add(WHAT == SOFTMAX_BACKWARD ? v * hm_load<T>(r.data[2], r.dtype[2], at[2] + i * r.step[2]) : v); });
+      a.each([&](int64_t i, T &v) {
+        sum.add(WHAT == SOFTMAX_BACKWARD ? v * hm_load<T>(r.data[2], r.dtype[2], at[2] + i * r.step[2]) : v);
+      });
       const T s = sum.sum;
       a.each([&](int64_t i, T &v) {
         const T out = hm_load<T>(r.data[2], r.dtype[2], at[2] + i * r.step[2]);
-        hm_store<T>(r.data[0], r.dtype[0], at[0] + i * r.step[0], WHAT == SOFTMAX_BACKWARD ? out * (v - s) : v - hm_exp(out) * s);
+        hm_store<T>(r.data[0], r.dtype[0], at[0] + i * r.step[0],
+                    WHAT == SOFTMAX_BACKWARD ? out * (v - s) : v - hm_exp(out) * s);
       });
     }
   }
@@ -127,6 +139,7 @@ extern "C" int hm_cuda_norm(const hm_kernel_call *call) {
   return hm_each_piece(&loop, 3, base, [&](const hm_loop &l, const int64_t *at) {
     for (int k = 0; k < 3; k++) r.data[k] = hm_element(view[k]->data, at[k], view[k]->dtype);
     r.walk = hm_make_walk<3>(&l);
-    return call->compute == HM_F64 ? launch_op<double>(call->op, r, call->stream) : launch_op<float>(call->op, r, call->stream);
+    return call->compute == HM_F64 ? launch_op<double>(call->op, r, call->stream)
+                                   : launch_op<float>(call->op, r, call->stream);
   });
 }

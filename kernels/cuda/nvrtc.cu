@@ -22,10 +22,10 @@ typedef enum value_kind { KIND_UNKNOWN, KIND_POINTER, KIND_FLOAT, KIND_INT, KIND
 
 typedef struct parameter {
   value_kind kind;
-  int bytes;              /* of a number */
-  bool is_const;          /* pointers: to const */
-  char type[TYPE_BYTES];  /* as messages print it, without const; of pointers: what they point at */
-  char name[TYPE_BYTES];  /* "" if it has none */
+  int bytes;             /* of a number */
+  bool is_const;         /* pointers: to const */
+  char type[TYPE_BYTES]; /* as messages print it, without const; of pointers: what they point at */
+  char name[TYPE_BYTES]; /* "" if it has none */
 } parameter;
 
 struct hm_user_kernel {
@@ -46,7 +46,8 @@ typedef struct driver_table {
   CUresult (*find)(CUfunction *, CUmodule, const char *);
   CUresult (*ask)(int *, CUfunction_attribute, CUfunction);
   CUresult (*set)(CUfunction, CUfunction_attribute, int);
-  CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **);
+  CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
+                     void **, void **);
 } driver_table;
 
 static driver_table driver;
@@ -75,11 +76,15 @@ static int open_driver(void) {
 }
 
 /* The driver's codes are the runtime's. */
-static int driver_status(hm_cuda_device *d, CUresult result, const char *what) { return hm_cuda_device_status(d, (cudaError_t)result, what); }
+static int driver_status(hm_cuda_device *d, CUresult result, const char *what) {
+  return hm_cuda_device_status(d, (cudaError_t)result, what);
+}
 
 /* ====== Reading the declaration ====== */
 
-static bool is_word(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_'; }
+static bool is_word(char c) {
+  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+}
 
 /* A copy of the source with comments and strings blanked; the caller frees it. */
 static char *without_comments(const char *source) {
@@ -119,7 +124,9 @@ static bool find_list(const char *text, const char *name, const char **begin, co
   const char *statement = text;
   for (const char *p = text; *p; p++) {
     if (*p == ';' || *p == '}') statement = p + 1;
-    if (strncmp(p, name, n) != 0 || is_word(p[n]) || (p > text && is_word(p[-1])) || !has_word(statement, p, "__global__")) continue;
+    if (strncmp(p, name, n) != 0 || is_word(p[n]) || (p > text && is_word(p[-1])) ||
+        !has_word(statement, p, "__global__"))
+      continue;
     const char *open = p + n + strspn(p + n, " \t\r\n");
     if (*open != '(') continue;
     int depth = 0;
@@ -139,16 +146,35 @@ static const struct number_type {
   const char *name;
   value_kind kind;
   int bytes;
-} number_types[] = {{"float", KIND_FLOAT, 4},          {"double", KIND_FLOAT, 8},        {"bool", KIND_BOOL, 1},
-                    {"char", KIND_INT, 1},             {"signed char", KIND_INT, 1},     {"unsigned char", KIND_UNSIGNED, 1},
-                    {"short", KIND_INT, 2},            {"unsigned short", KIND_UNSIGNED, 2}, {"int", KIND_INT, 4},
-                    {"signed int", KIND_INT, 4},       {"unsigned", KIND_UNSIGNED, 4},   {"unsigned int", KIND_UNSIGNED, 4},
-                    {"long", KIND_INT, 8},             {"long int", KIND_INT, 8},        {"long long", KIND_INT, 8},
-                    {"long long int", KIND_INT, 8},    {"unsigned long", KIND_UNSIGNED, 8}, {"unsigned long int", KIND_UNSIGNED, 8},
-                    {"unsigned long long", KIND_UNSIGNED, 8}, {"unsigned long long int", KIND_UNSIGNED, 8}, {"size_t", KIND_UNSIGNED, 8},
-                    {"int8_t", KIND_INT, 1},           {"uint8_t", KIND_UNSIGNED, 1},    {"int16_t", KIND_INT, 2},
-                    {"uint16_t", KIND_UNSIGNED, 2},    {"int32_t", KIND_INT, 4},         {"uint32_t", KIND_UNSIGNED, 4},
-                    {"int64_t", KIND_INT, 8},          {"uint64_t", KIND_UNSIGNED, 8}};
+} number_types[] = {{"float", KIND_FLOAT, 4},
+                    {"double", KIND_FLOAT, 8},
+                    {"bool", KIND_BOOL, 1},
+                    {"char", KIND_INT, 1},
+                    {"signed char", KIND_INT, 1},
+                    {"unsigned char", KIND_UNSIGNED, 1},
+                    {"short", KIND_INT, 2},
+                    {"unsigned short", KIND_UNSIGNED, 2},
+                    {"int", KIND_INT, 4},
+                    {"signed int", KIND_INT, 4},
+                    {"unsigned", KIND_UNSIGNED, 4},
+                    {"unsigned int", KIND_UNSIGNED, 4},
+                    {"long", KIND_INT, 8},
+                    {"long int", KIND_INT, 8},
+                    {"long long", KIND_INT, 8},
+                    {"long long int", KIND_INT, 8},
+                    {"unsigned long", KIND_UNSIGNED, 8},
+                    {"unsigned long int", KIND_UNSIGNED, 8},
+                    {"unsigned long long", KIND_UNSIGNED, 8},
+                    {"unsigned long long int", KIND_UNSIGNED, 8},
+                    {"size_t", KIND_UNSIGNED, 8},
+                    {"int8_t", KIND_INT, 1},
+                    {"uint8_t", KIND_UNSIGNED, 1},
+                    {"int16_t", KIND_INT, 2},
+                    {"uint16_t", KIND_UNSIGNED, 2},
+                    {"int32_t", KIND_INT, 4},
+                    {"uint32_t", KIND_UNSIGNED, 4},
+                    {"int64_t", KIND_INT, 8},
+                    {"uint64_t", KIND_UNSIGNED, 8}};
 
 static const struct number_type *find_number(const char *type) {
   for (size_t i = 0; i < sizeof number_types / sizeof *number_types; i++)
@@ -158,7 +184,8 @@ static const struct number_type *find_number(const char *type) {
 
 /* Words that say nothing about what is passed. */
 static bool is_qualifier(const char *word, size_t n) {
-  static const char *const list[] = {"const", "volatile", "__restrict__", "__restrict", "restrict", "struct", "__grid_constant__", "std"};
+  static const char *const list[] = {"const",    "volatile", "__restrict__",      "__restrict",
+                                     "restrict", "struct",   "__grid_constant__", "std"};
   for (size_t i = 0; i < sizeof list / sizeof *list; i++)
     if (strlen(list[i]) == n && !strncmp(list[i], word, n)) return true;
   return false;
@@ -200,7 +227,8 @@ static void read_parameter(const char *from, const char *to, parameter *p) {
   snprintf(whole, sizeof whole, "%s", p->type);
   append_word(whole, last, strlen(last));
   const bool bracket = star && *star == '[';
-  if ((star && !bracket) || !p->type[0] || find_number(whole)) snprintf(p->type, sizeof p->type, "%s", whole); /* no name stands here */
+  if ((star && !bracket) || !p->type[0] || find_number(whole))
+    snprintf(p->type, sizeof p->type, "%s", whole); /* no name stands here */
   else snprintf(p->name, sizeof p->name, "%s", last);
   const struct number_type *number = find_number(p->type);
   p->kind = star ? KIND_POINTER : (number ? number->kind : KIND_UNKNOWN);
@@ -214,13 +242,16 @@ static int read_list(hm_user_kernel *k, const char *begin, const char *end) {
     if (p < end) depth += (*p == '(' || *p == '<' || *p == '[') - (*p == ')' || *p == '>' || *p == ']');
     if (p < end && (*p != ',' || depth)) continue;
     const bool blank = from + strspn(from, " \t\r\n") >= p;
-    if (blank || (k->n == 0 && p == end && has_word(from, p, "void") && !memchr(from, '*', (size_t)(p - from)))) break; /* () and (void) */
-    if (k->n == HM_MAX_USER_ARGS) return hm_cuda_fail(HM_ERR_ARG, "kernel %s: it has more than %d parameters", k->name, (int)HM_MAX_USER_ARGS);
+    if (blank || (k->n == 0 && p == end && has_word(from, p, "void") && !memchr(from, '*', (size_t)(p - from))))
+      break; /* () and (void) */
+    if (k->n == HM_MAX_USER_ARGS)
+      return hm_cuda_fail(HM_ERR_ARG, "kernel %s: it has more than %d parameters", k->name, (int)HM_MAX_USER_ARGS);
     parameter *q = &k->param[k->n++];
     read_parameter(from, p, q);
     if (q->kind == KIND_UNKNOWN)
-      return hm_cuda_fail(HM_ERR_ARG, "kernel %s: parameter %d has type %s; parameters must be pointers, integers, floats or bools", k->name, k->n,
-                          q->type);
+      return hm_cuda_fail(HM_ERR_ARG,
+                          "kernel %s: parameter %d has type %s; parameters must be pointers, integers, floats or bools",
+                          k->name, k->n, q->type);
     from = p + 1;
   }
   return HM_OK;
@@ -233,7 +264,9 @@ static int read_declaration(hm_user_kernel *k, const char *source) {
   int status;
   if (find_list(text, k->name, &begin, &end)) status = read_list(k, begin, end);
   else
-    status = hm_cuda_fail(HM_ERR_ARG, "kernel: the source has no kernel named %s\n  hint: it must read __global__ void %s(...)", k->name, k->name);
+    status = hm_cuda_fail(HM_ERR_ARG,
+                          "kernel: the source has no kernel named %s\n  hint: it must read __global__ void %s(...)",
+                          k->name, k->name);
   free(text);
   return status;
 }
@@ -241,7 +274,8 @@ static int read_declaration(hm_user_kernel *k, const char *source) {
 /* ====== Compiling ====== */
 
 static int nvrtc_status(nvrtcResult r, const char *name) {
-  return r == NVRTC_SUCCESS ? HM_OK : hm_cuda_fail(HM_ERR_INTERNAL, "kernel %s: NVRTC: %s", name, nvrtcGetErrorString(r));
+  return r == NVRTC_SUCCESS ? HM_OK
+                            : hm_cuda_fail(HM_ERR_INTERNAL, "kernel %s: NVRTC: %s", name, nvrtcGetErrorString(r));
 }
 
 /* The compiler's own words, indented. */
@@ -273,8 +307,11 @@ static int load_module(hm_cuda_device *d, nvrtcProgram program, hm_user_kernel *
   if (!status) status = nvrtc_status(nvrtcGetCUBIN(program, image), k->name);
   if (!status) status = driver_status(d, driver.load(&k->module, image, 0, NULL, NULL), k->name);
   if (!status) status = driver_status(d, driver.find(&k->function, k->module, symbol), k->name);
-  if (!status) status = driver_status(d, driver.ask(&k->max_threads, CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, k->function), k->name);
-  if (!status) status = driver_status(d, driver.ask(&k->static_shared, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, k->function), k->name);
+  if (!status)
+    status =
+        driver_status(d, driver.ask(&k->max_threads, CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, k->function), k->name);
+  if (!status)
+    status = driver_status(d, driver.ask(&k->static_shared, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, k->function), k->name);
   free(image);
   return status;
 }
@@ -300,7 +337,8 @@ int hm_cuda_user_compile(int device, const char *source, const char *name, hm_us
   *out = NULL;
   hm_cuda_device *d = hm_cuda_use(device);
   if (!d) return HM_ERR_DEVICE;
-  if (!*name || strlen(name) >= NAME_BYTES) return hm_cuda_fail(HM_ERR_ARG, "kernel: a name of 1 to %d characters is wanted", NAME_BYTES - 1);
+  if (!*name || strlen(name) >= NAME_BYTES)
+    return hm_cuda_fail(HM_ERR_ARG, "kernel: a name of 1 to %d characters is wanted", NAME_BYTES - 1);
   hm_user_kernel *k = (hm_user_kernel *)calloc(1, sizeof *k);
   if (!k) return hm_cuda_fail(HM_ERR_MEMORY, "kernel %s: out of memory", name);
   k->device = device;
@@ -349,11 +387,12 @@ static int check_pointer(const hm_user_kernel *k, int i, hm_user_arg *a) {
   const parameter *p = &k->param[i];
   char text[TYPE_BYTES + 32];
   if (a->kind != HM_USER_POINTER)
-    return hm_cuda_fail(HM_ERR_ARG, "kernel %s: %s must be a tensor for %s *, got a number", k->name, label(p, i, text, sizeof text), p->type);
+    return hm_cuda_fail(HM_ERR_ARG, "kernel %s: %s must be a tensor for %s *, got a number", k->name,
+                        label(p, i, text, sizeof text), p->type);
   const uint32_t fit = dtypes_of(p);
   if (fit && !(fit >> a->dtype & 1))
-    return hm_cuda_fail(HM_ERR_DTYPE, "kernel %s: %s is declared %s *, got a tensor of %s", k->name, label(p, i, text, sizeof text), p->type,
-                        hm_dtype_name(a->dtype));
+    return hm_cuda_fail(HM_ERR_DTYPE, "kernel %s: %s is declared %s *, got a tensor of %s", k->name,
+                        label(p, i, text, sizeof text), p->type, hm_dtype_name(a->dtype));
   a->written = !p->is_const;
   return HM_OK;
 }
@@ -372,13 +411,18 @@ static int check_number(const hm_user_kernel *k, int i, hm_user_arg *a) {
   const parameter *p = &k->param[i];
   char text[TYPE_BYTES + 32];
   if (a->kind == HM_USER_POINTER)
-    return hm_cuda_fail(HM_ERR_ARG, "kernel %s: %s must be a number for %s, got a tensor", k->name, label(p, i, text, sizeof text), p->type);
+    return hm_cuda_fail(HM_ERR_ARG, "kernel %s: %s must be a number for %s, got a tensor", k->name,
+                        label(p, i, text, sizeof text), p->type);
   if (a->kind == HM_USER_INT && fits(p, a->i)) return HM_OK;
   if (a->kind == HM_USER_INT)
-    return hm_cuda_fail(HM_ERR_ARG, "kernel %s: %s: %lld does not fit %s", k->name, label(p, i, text, sizeof text), (long long)a->i, p->type);
+    return hm_cuda_fail(HM_ERR_ARG, "kernel %s: %s: %lld does not fit %s", k->name, label(p, i, text, sizeof text),
+                        (long long)a->i, p->type);
   if (p->kind == KIND_FLOAT) return HM_OK;
-  if (a->f >= -9007199254740992.0 && a->f <= 9007199254740992.0 && a->f == (double)(int64_t)a->f && fits(p, (int64_t)a->f)) return HM_OK;
-  return hm_cuda_fail(HM_ERR_ARG, "kernel %s: %s: %g is no value of %s", k->name, label(p, i, text, sizeof text), a->f, p->type);
+  if (a->f >= -9007199254740992.0 && a->f <= 9007199254740992.0 && a->f == (double)(int64_t)a->f &&
+      fits(p, (int64_t)a->f))
+    return HM_OK;
+  return hm_cuda_fail(HM_ERR_ARG, "kernel %s: %s: %g is no value of %s", k->name, label(p, i, text, sizeof text), a->f,
+                      p->type);
 }
 
 int hm_cuda_user_check(const hm_user_kernel *k, hm_user_arg *arg, int n) {
@@ -413,8 +457,8 @@ static slot convert(const parameter *p, const hm_user_arg *a) {
 }
 
 static int too_large(const hm_user_kernel *k, const char *what, const int64_t v[3], const char *limit) {
-  return hm_cuda_fail(HM_ERR_ARG, "kernel %s: %s = {%lld, %lld, %lld} cannot be launched: %s", k->name, what, (long long)v[0], (long long)v[1],
-                      (long long)v[2], limit);
+  return hm_cuda_fail(HM_ERR_ARG, "kernel %s: %s = {%lld, %lld, %lld} cannot be launched: %s", k->name, what,
+                      (long long)v[0], (long long)v[1], (long long)v[2], limit);
 }
 
 static int check_size(const hm_user_kernel *k, const int64_t grid[3], const int64_t block[3]) {
@@ -423,8 +467,10 @@ static int check_size(const hm_user_kernel *k, const int64_t grid[3], const int6
     if (grid[d] < 1) return too_large(k, "grid", grid, "every size must be at least 1");
     if (block[d] < 1) return too_large(k, "block", block, "every size must be at least 1");
   }
-  if (grid[0] > INT_MAX || grid[1] > 65535 || grid[2] > 65535) return too_large(k, "grid", grid, "the most is {2147483647, 65535, 65535}");
-  if (block[0] > 1024 || block[1] > 1024 || block[2] > 64) return too_large(k, "block", block, "the most is {1024, 1024, 64}");
+  if (grid[0] > INT_MAX || grid[1] > 65535 || grid[2] > 65535)
+    return too_large(k, "grid", grid, "the most is {2147483647, 65535, 65535}");
+  if (block[0] > 1024 || block[1] > 1024 || block[2] > 64)
+    return too_large(k, "block", block, "the most is {1024, 1024, 64}");
   if (block[0] * block[1] * block[2] <= k->max_threads) return HM_OK;
   snprintf(text, sizeof text, "a block of this kernel has at most %d threads", k->max_threads);
   return too_large(k, "block", block, text);
@@ -433,19 +479,24 @@ static int check_size(const hm_user_kernel *k, const int64_t grid[3], const int6
 /* Allows the dynamic shared memory of a launch. */
 static int allow_shared(hm_cuda_device *d, hm_user_kernel *k, int64_t bytes) {
   int most = 0;
-  const int status = hm_cuda_device_status(d, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, k->device), k->name);
+  const int status =
+      hm_cuda_device_status(d, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, k->device),
+                            k->name);
   if (status) return status;
   if (bytes < 0 || bytes + k->static_shared > most)
-    return hm_cuda_fail(HM_ERR_ARG, "kernel %s: shared = %lld bytes cannot be launched: a block has at most %d, and %d are taken already", k->name,
-                        (long long)bytes, most, k->static_shared);
+    return hm_cuda_fail(
+        HM_ERR_ARG,
+        "kernel %s: shared = %lld bytes cannot be launched: a block has at most %d, and %d are taken already", k->name,
+        (long long)bytes, most, k->static_shared);
   if (bytes + k->static_shared <= 48 << 10) return HM_OK;
-  return driver_status(d, driver.set(k->function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)bytes), k->name);
+  return driver_status(d, driver.set(k->function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)bytes),
+                       k->name);
 }
 
 int hm_cuda_user_device(const hm_user_kernel *k) { return k->device; }
 
-int hm_cuda_user_launch(hm_cuda_device *d, hm_user_kernel *k, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes, hm_user_arg *arg,
-                        int n) {
+int hm_cuda_user_launch(hm_cuda_device *d, hm_user_kernel *k, const int64_t grid[3], const int64_t block[3],
+                        int64_t shared_bytes, hm_user_arg *arg, int n) {
   slot value[HM_MAX_USER_ARGS];
   void *address[HM_MAX_USER_ARGS + 1];
   int status = hm_cuda_user_check(k, arg, n);
@@ -457,7 +508,8 @@ int hm_cuda_user_launch(hm_cuda_device *d, hm_user_kernel *k, const int64_t grid
     address[i] = &value[i];
   }
   hm_cuda_count_launch();
-  const CUresult r = driver.launch(k->function, (unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2], (unsigned)block[0], (unsigned)block[1],
-                                   (unsigned)block[2], (unsigned)shared_bytes, (CUstream)d->compute, address, NULL);
+  const CUresult r = driver.launch(k->function, (unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2],
+                                   (unsigned)block[0], (unsigned)block[1], (unsigned)block[2], (unsigned)shared_bytes,
+                                   (CUstream)d->compute, address, NULL);
   return driver_status(d, r, k->name);
 }

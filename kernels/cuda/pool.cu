@@ -1,10 +1,11 @@
 /*
  * pool.cu -- max_pool2d and its gradient.
  *
- * One thread for each element of the result, in the order of the result's memory, so that neighbours read and write neighbours in channels-last and
- * in row-major alike.  As in PyTorch the first largest value wins, a NaN wins over everything, and of several NaNs the last; padding never
- * wins.  The index is the place in the window, ky * kw + kx.  The gradient is in gather form: each pixel adds the windows that chose it, in their
- * order; nothing is added atomically.
+ * One thread for each element of the result, in the order of the result's memory, so that neighbours read and write
+ * neighbours in channels-last and in row-major alike.  As in PyTorch the first largest value wins, a NaN wins over
+ * everything, and of several NaNs the last; padding never wins.  The index is the place in the window, ky * kw + kx.
+ * The gradient is in gather form: each pixel adds the windows that chose it, in their order; nothing is added
+ * atomically.
  */
 #include "view.h"
 
@@ -58,7 +59,8 @@ template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) max_poo
         const int64_t x = x0 + kx;
         if (x < 0 || x >= g.w) continue;
         const T v = image[y * g.xs[2] + x * g.xs[3]];
-        if (place < 0 || as_number(v) > as_number(best) || as_number(v) != as_number(v)) best = v, place = ky * (int)g.kw + kx;
+        if (place < 0 || as_number(v) > as_number(best) || as_number(v) != as_number(v))
+          best = v, place = ky * (int)g.kw + kx;
       }
     }
     if (place < 0) continue; /* a window of padding alone: refused on the host */
@@ -68,7 +70,9 @@ template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) max_poo
 }
 
 /* First and last window that covers position x along one dim: kernel k, stride s, padding p, `count` windows. */
-HM_DEV int windows_from(int64_t x, int64_t k, int64_t s, int64_t p) { return x + p < k ? 0 : (int)((int)(x + p - k) / (int)s + 1); }
+HM_DEV int windows_from(int64_t x, int64_t k, int64_t s, int64_t p) {
+  return x + p < k ? 0 : (int)((int)(x + p - k) / (int)s + 1);
+}
 HM_DEV int windows_to(int64_t x, int64_t s, int64_t p, int64_t count) {
   const int last = (int)(x + p) / (int)s;
   return last < (int)count - 1 ? last : (int)count - 1;
@@ -106,7 +110,9 @@ static void strides4(const hm_view *v, int64_t *out) {
 static int64_t size_at(const hm_view *v, int d) { return d < 4 - v->ndim ? 1 : v->shape[d - (4 - v->ndim)]; }
 
 /* Value number i of an attribute that has one or two. */
-static int64_t pick(const hm_attr *a, int i, int64_t missing) { return a->n == 0 ? missing : a->n == 1 ? a->v[0] : a->v[i]; }
+static int64_t pick(const hm_attr *a, int i, int64_t missing) {
+  return a->n == 0 ? missing : a->n == 1 ? a->v[0] : a->v[i];
+}
 
 /* attr: kernel_size, stride, padding. */
 static int make_geometry(geometry *g, const hm_view *x, const hm_view *y, const hm_view *index, const hm_attr *attr) {
@@ -118,12 +124,16 @@ static int make_geometry(geometry *g, const hm_view *x, const hm_view *y, const 
   g->ph = pick(&attr[2], 0, 0), g->pw = pick(&attr[2], 1, 0);
   strides4(x, g->xs), strides4(y, g->ys), strides4(index, g->is);
   if (g->kh < 1 || g->kw < 1 || g->kh * g->kw > PLACES)
-    return hm_cuda_fail(HM_ERR_ARG, "max_pool2d: the kernel must have 1 to %d places, it is %lld x %lld", PLACES, (long long)g->kh, (long long)g->kw);
+    return hm_cuda_fail(HM_ERR_ARG, "max_pool2d: the kernel must have 1 to %d places, it is %lld x %lld", PLACES,
+                        (long long)g->kh, (long long)g->kw);
   if (g->sh < 1 || g->sw < 1)
-    return hm_cuda_fail(HM_ERR_ARG, "max_pool2d: stride must be at least 1, it is %lld, %lld", (long long)g->sh, (long long)g->sw);
+    return hm_cuda_fail(HM_ERR_ARG, "max_pool2d: stride must be at least 1, it is %lld, %lld", (long long)g->sh,
+                        (long long)g->sw);
   if (g->ph < 0 || g->pw < 0 || g->ph * 2 > g->kh || g->pw * 2 > g->kw)
-    return hm_cuda_fail(HM_ERR_ARG, "max_pool2d: padding must be at most half the kernel: padding is %lld, %lld, the kernel %lld x %lld",
-                        (long long)g->ph, (long long)g->pw, (long long)g->kh, (long long)g->kw);
+    return hm_cuda_fail(
+        HM_ERR_ARG,
+        "max_pool2d: padding must be at most half the kernel: padding is %lld, %lld, the kernel %lld x %lld",
+        (long long)g->ph, (long long)g->pw, (long long)g->kh, (long long)g->kw);
   if ((g->h < 1 || g->w < 1) && g->oh * g->ow > 0)
     return hm_cuda_fail(HM_ERR_SHAPE, "max_pool2d: the image is empty: %lld x %lld", (long long)g->h, (long long)g->w);
   if (g->h + g->ph >= INT32_MAX || g->w + g->pw >= INT32_MAX || g->sh >= INT32_MAX || g->sw >= INT32_MAX)
@@ -147,7 +157,8 @@ template <class F> static int each_result(pooling *p, int64_t h, int64_t w, cons
   int64_t base[5] = {0};
   return hm_each_piece(&loop, 5, base, [&](const hm_loop &l, const int64_t *at) {
     hm_loop coordinates = l;
-    for (int k = 0; k < 4; k++) memcpy(coordinates.stride[k], l.stride[k + 1], sizeof l.stride[k]), p->first[k] = at[k + 1];
+    for (int k = 0; k < 4; k++)
+      memcpy(coordinates.stride[k], l.stride[k + 1], sizeof l.stride[k]), p->first[k] = at[k + 1];
     p->walk = hm_make_walk<4>(&coordinates);
     return run();
   });
@@ -167,7 +178,8 @@ static int forward(const hm_kernel_call *call) {
     case HM_F64: return HM_RUN("max_pool2d", (max_pool<double>), blocks, HM_BLOCK, 0, call->stream, p);
     case HM_F16: return HM_RUN("max_pool2d", (max_pool<half_f16>), blocks, HM_BLOCK, 0, call->stream, p);
     case HM_BF16: return HM_RUN("max_pool2d", (max_pool<half_bf16>), blocks, HM_BLOCK, 0, call->stream, p);
-    default: return hm_cuda_fail(HM_ERR_DTYPE, "max_pool2d: expected a floating dtype, got %s", hm_dtype_name(x->dtype));
+    default:
+      return hm_cuda_fail(HM_ERR_DTYPE, "max_pool2d: expected a floating dtype, got %s", hm_dtype_name(x->dtype));
     }
   });
 }
@@ -183,7 +195,8 @@ static int backward(const hm_kernel_call *call) {
   p.apart = p.g.sh >= p.g.kh && p.g.sw >= p.g.kw;
   return each_result(&p, p.g.h, p.g.w, p.g.xs, [&]() {
     const unsigned blocks = hm_blocks(p.walk.count);
-    if (call->compute == HM_F64) return HM_RUN("max_pool2d_backward", (max_pool_backward<double>), blocks, HM_BLOCK, 0, call->stream, p);
+    if (call->compute == HM_F64)
+      return HM_RUN("max_pool2d_backward", (max_pool_backward<double>), blocks, HM_BLOCK, 0, call->stream, p);
     return HM_RUN("max_pool2d_backward", (max_pool_backward<float>), blocks, HM_BLOCK, 0, call->stream, p);
   });
 }

@@ -1,11 +1,13 @@
 /*
  * reduce.cu -- sum, mean, amax, amin, any, all, bias gradients; max_dim, min_dim, argmax, argmin.
  *
- * A plan splits the input's dims into kept and reduced ones and joins what lies together.  Then one of two kernels runs:
- *   rows      each result by a warp, or by a block where it has many elements; neighbours are read by neighbouring threads
+ * A plan splits the input's dims into kept and reduced ones and joins what lies together.  Then one of two kernels
+ * runs:
+ *   rows      each result by a warp, or by a block where it has many elements; neighbours are read by neighbours
  *   columns   the innermost kept dim is dense: a block takes 32 columns, its 8 warps every eighth row each
- * Where there are too few results to fill the device, the reduced elements are cut into chunks, whose results meet in the workspace and are
- * joined by a third kernel.  All of it depends on shapes and strides only: the order of the additions, and so the bits, never change.
+ * Where there are too few results to fill the device, the reduced elements are cut into chunks, whose results meet in
+ * the workspace and are joined by a third kernel.  All of it depends on shapes and strides only: the order of the
+ * additions, and so the bits, never change.
  *
  * Accumulates in float32, float64 or int64 (modulo 2^64).  Uses its workspace, owns nothing.
  */
@@ -36,12 +38,8 @@ template <class T> HM_DEV placed<T> hm_first_lane(placed<T> x) {
 }
 
 /* The type that sums of T are kept in: integers wrap. */
-template <class T> struct sum_type {
-  typedef T type;
-};
-template <> struct sum_type<int64_t> {
-  typedef uint64_t type;
-};
+template <class T> struct sum_type { typedef T type; };
+template <> struct sum_type<int64_t> { typedef uint64_t type; };
 
 template <class T> struct op_sum {
   typedef typename sum_type<T>::type acc;
@@ -126,8 +124,8 @@ template <bool ANY> struct op_logic {
 
 /* ====== The plan ====== */
 
-/* A divisor of 64-bit indices.  A division instruction of that width does not exist, and a call of a function would cost registers: narrow
- * indices are multiplied in integers, wide ones (to 2^52) in double and put right. */
+/* A divisor of 64-bit indices.  A division instruction of that width does not exist, and a call of a function
+ * would cost registers: narrow indices are multiplied in integers, wide ones (to 2^52) in double and put right. */
 struct divisor {
   int64_t size;
   double inverse;
@@ -136,6 +134,7 @@ struct divisor {
 };
 
 static divisor make_divisor(int64_t size, int64_t count) {
+  if (size < 1) size = 1;
   const bool narrow = count < HM_CUDA_PIECE && size < HM_CUDA_PIECE;
   return {size, 1.0 / (double)size, hm_make_divisor(narrow ? size : 1), narrow};
 }
@@ -155,15 +154,15 @@ struct flat {
 
 struct plan {
   const void *x;
-  void *out[2];          /* value and place; NULL: not wanted */
+  void *out[2]; /* value and place; NULL: not wanted */
   int32_t dtype, out_dtype[2];
   flat kept, reduced;
   int64_t n_keep, n_red;
   int64_t chunk, n_chunks; /* reduced elements of a chunk */
   divisor by_chunks, by_tiles;
-  int64_t cols, outer;     /* columns: size of the inner kept dim, product of the others */
-  bool columns, divide;    /* divide: mean */
-  void *partial;           /* n_chunks x n_keep accumulators, or NULL: results are written at once */
+  int64_t cols, outer;  /* columns: size of the inner kept dim, product of the others */
+  bool columns, divide; /* divide: mean */
+  void *partial;        /* n_chunks x n_keep accumulators, or NULL: results are written at once */
 };
 
 HM_DEV int64_t offset_of(const flat &f, int which, int64_t i) {
@@ -212,11 +211,15 @@ template <class R, int STEP> HM_DEV typename R::acc thread_part(const plan &p, i
 template <class R, int G> static __global__ void __launch_bounds__(HM_BLOCK, 2) reduce_rows(plan p) {
   const int groups = HM_BLOCK / G, t = (int)threadIdx.x % G;
   const int64_t units = p.n_keep * p.n_chunks, step = (int64_t)gridDim.x * groups;
-  for (int64_t first = (int64_t)blockIdx.x * groups; first < units; first += step) { /* the same rounds for all threads */
+  for (int64_t first = (int64_t)blockIdx.x * groups; first < units;
+       first += step) { /* the same rounds for all threads */
     const int64_t u = first + threadIdx.x / G;
     const bool here = u < units;
     const int64_t k = here ? divide(u, p.by_chunks) : 0, chunk = here ? u - k * p.n_chunks : 0;
-    const int64_t begin = chunk * p.chunk, limit = begin + p.chunk, end = !here ? begin : limit < p.n_red ? limit : p.n_red;
+    const int64_t begin = chunk * p.chunk, limit = begin + p.chunk,
+                  end = !here             ? begin
+                        : limit < p.n_red ? limit
+                                          : p.n_red;
     const int64_t base = offset_of(p.kept, 0, k);
     const typename R::acc mine = thread_part<R, G>(p, base, begin + t, end);
     const typename R::acc all = hm_group_join<R, G>(mine);
@@ -269,7 +272,9 @@ template <class R> static __global__ void __launch_bounds__(HM_BLOCK, 2) reduce_
 
 /* ====== Making the plan ====== */
 
-static bool is_index_op(int op) { return op == HM_OP_MAX_DIM || op == HM_OP_MIN_DIM || op == HM_OP_ARGMAX || op == HM_OP_ARGMIN; }
+static bool is_index_op(int op) {
+  return op == HM_OP_MAX_DIM || op == HM_OP_MIN_DIM || op == HM_OP_ARGMAX || op == HM_OP_ARGMIN;
+}
 
 static bool is_bias_op(int op) { return op == HM_OP_LINEAR_BACKWARD_BIAS || op == HM_OP_CONV2D_BACKWARD_BIAS; }
 
@@ -318,7 +323,8 @@ enum { ROOM = 512, MOST_CHUNKS = 256, LONG_ROW = 512 };
 
 /* Cuts the reduced elements where there are too few results for the device. */
 static void set_chunks(plan *p) {
-  p->columns = p->kept.ndim > 0 && p->kept.stride[0][p->kept.ndim - 1] == 1 && !(p->reduced.ndim > 0 && p->reduced.stride[0][p->reduced.ndim - 1] == 1);
+  p->columns = p->kept.ndim > 0 && p->kept.stride[0][p->kept.ndim - 1] == 1 &&
+               !(p->reduced.ndim > 0 && p->reduced.stride[0][p->reduced.ndim - 1] == 1);
   p->cols = p->columns ? p->kept.by[p->kept.ndim - 1].size : 1;
   p->outer = p->n_keep / p->cols;
   const int64_t tiles = (p->cols + HM_WARP - 1) / HM_WARP, units = p->columns ? p->outer * tiles : p->n_keep;
@@ -372,7 +378,8 @@ template <class R> static int launch(const plan *p, const char *name, void *stre
     const int64_t units = p->outer * p->by_tiles.size * p->n_chunks;
     status = HM_RUN(name, (reduce_columns<R>), hm_blocks(units, 1), HM_BLOCK, 0, stream, *p);
   } else if (p->chunk < LONG_ROW) {
-    status = HM_RUN(name, (reduce_rows<R, HM_WARP>), hm_blocks(p->n_keep * p->n_chunks, HM_WARPS), HM_BLOCK, 0, stream, *p);
+    status =
+        HM_RUN(name, (reduce_rows<R, HM_WARP>), hm_blocks(p->n_keep * p->n_chunks, HM_WARPS), HM_BLOCK, 0, stream, *p);
   } else {
     status = HM_RUN(name, (reduce_rows<R, HM_BLOCK>), hm_blocks(p->n_keep * p->n_chunks, 1), HM_BLOCK, 0, stream, *p);
   }

@@ -1,9 +1,10 @@
 /*
  * view.h -- how kernels see strided memory, and how they read and write numbers of any dtype.
  *
- * Host side: the common geometry of some views is made as simple as it can be (cpu/layout.h: sizes of 1 dropped, dims ordered and joined), cut
- * into pieces below 2^31 elements, and put into a struct that is passed to the kernel by value.  Device side: a flat 32-bit index becomes one
- * 64-bit offset per operand, by multiplication instead of division.
+ * Host side: the common geometry of some views is made as simple as it can be (cpu/layout.h: sizes of 1 dropped, dims
+ * ordered and joined), cut into pieces below 2^31 elements, and put into a struct that is passed to the kernel by
+ * value.  Device side: a flat 32-bit index becomes one 64-bit offset per operand, by multiplication instead of
+ * division.
  *
  * Included by the kernels of this folder.  Owns nothing.
  */
@@ -15,7 +16,8 @@
 
 /* Threads of a block where nothing else is said, and most blocks of a grid: kernels stride over the rest. */
 enum { HM_BLOCK = 256, HM_MAX_BLOCKS = 4096 };
-/* Kernels are declared with __launch_bounds__(HM_BLOCK, 2): left alone, ptxas spills a register or two to fit one more block on a multiprocessor. */
+/* Kernels are declared with __launch_bounds__(HM_BLOCK, 2): left alone, ptxas spills a register or two to fit one
+ * more block on a multiprocessor. */
 
 /* Elements of one launch at most.  (Tests build with a small one.) */
 #ifndef HM_CUDA_PIECE
@@ -30,6 +32,7 @@ typedef struct hm_divisor {
 } hm_divisor;
 
 static inline hm_divisor hm_make_divisor(int64_t size) {
+  if (size < 1) size = 1; /* of an empty tensor: nothing is divided */
   hm_divisor d = {(uint32_t)size, 0, 0};
   while (((uint64_t)1 << d.shift) < (uint64_t)size) d.shift++;
   d.magic = (uint32_t)((((uint64_t)1 << 32) * (((uint64_t)1 << d.shift) - (uint64_t)size)) / (uint64_t)size + 1);
@@ -47,7 +50,8 @@ template <int K> struct hm_walk {
   int64_t stride[K][HM_MAX_NDIM];
 };
 
-/* A loop as a walk; `group` elements of the innermost dim count as one (they must divide it unless it is the only dim). */
+/* A loop as a walk; `group` elements of the innermost dim count as one (they must divide it unless it is the only
+ * dim). */
 template <int K> static hm_walk<K> hm_make_walk(const hm_loop *l, int group = 1) {
   hm_walk<K> w;
   memset(&w, 0, sizeof w);
@@ -77,7 +81,8 @@ template <int K> HM_DEV void hm_offsets(const hm_walk<K> &w, uint32_t i, int64_t
   for (int k = 0; k < K; k++) at[k] += (int64_t)i * w.stride[k][0];
 }
 
-/* Calls run(loop, base) for pieces of a loop of at most HM_CUDA_PIECE - 1 elements; base[k]: where operand k begins, in elements. */
+/* Calls run(loop, base) for pieces of a loop of at most HM_CUDA_PIECE - 1 elements; base[k]: where operand k
+ * begins, in elements. */
 template <class F> static int hm_each_piece(hm_loop *l, int operands, int64_t *base, F run) {
   int64_t numel = 1;
   int dim = -1;
@@ -119,7 +124,9 @@ static inline hm_view hm_without_dim(const hm_view *v, int dim) {
   return w;
 }
 
-static inline char *hm_element(const void *data, int64_t at, int dtype) { return (char *)const_cast<void *>(data) + at * hm_dtype_size(dtype); }
+static inline char *hm_element(const void *data, int64_t at, int dtype) {
+  return (char *)const_cast<void *>(data) + at * hm_dtype_size(dtype);
+}
 
 /* ====== One number of any dtype ====== */
 
@@ -216,7 +223,12 @@ HM_DEV bool hm_is_int(int dtype) { return dtype <= HM_I64; }
 
 /* One element from any dtype to any other: through int64 or double, which hold what they read exactly. */
 HM_DEV void hm_convert(void *dst, int to_dtype, int64_t to, const void *src, int dtype, int64_t from) {
-  if (dtype == to_dtype) hm_move(dst, to, src, from, dtype == HM_I64 || dtype == HM_F64 ? 8 : dtype == HM_I32 || dtype == HM_F32 ? 4 : dtype >= HM_F16 ? 2 : 1);
+  if (dtype == to_dtype)
+    hm_move(dst, to, src, from,
+            dtype == HM_I64 || dtype == HM_F64   ? 8
+            : dtype == HM_I32 || dtype == HM_F32 ? 4
+            : dtype >= HM_F16                    ? 2
+                                                 : 1);
   else if (hm_is_int(dtype)) hm_store<int64_t>(dst, to_dtype, to, hm_load<int64_t>(src, dtype, from));
   else hm_store<double>(dst, to_dtype, to, hm_load<double>(src, dtype, from));
 }
@@ -230,7 +242,9 @@ static inline bool hm_runs_align(const void *data, int dtype, int v) {
 }
 
 /* The dtypes that the functions below take. */
-static inline bool hm_runs_take(int dtype) { return dtype == HM_F32 || dtype == HM_F16 || dtype == HM_BF16 || dtype == HM_BOOL || dtype == HM_U8; }
+static inline bool hm_runs_take(int dtype) {
+  return dtype == HM_F32 || dtype == HM_F16 || dtype == HM_BF16 || dtype == HM_BOOL || dtype == HM_U8;
+}
 
 HM_DEV void hm_unpack_half(uint32_t word, bool is_f16, float *x) {
   const uint16_t low = (uint16_t)word, high = (uint16_t)(word >> 16);
@@ -263,7 +277,8 @@ template <int W> HM_DEV void hm_load_words(const void *p, uint32_t *w) {
 template <int W> HM_DEV void hm_store_words(void *p, const uint32_t *w) {
   if constexpr (W % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < W; i += 4) hm_store16(static_cast<uint4 *>(p) + i / 4, make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]));
+    for (int i = 0; i < W; i += 4)
+      hm_store16(static_cast<uint4 *>(p) + i / 4, make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]));
   } else if constexpr (W == 2) {
     *static_cast<uint2 *>(p) = make_uint2(w[0], w[1]);
   } else {
@@ -318,7 +333,8 @@ template <int V> HM_DEV void hm_store_run(void *data, int dtype, int64_t at, con
 #pragma unroll
     for (int i = 0; i < V / 4; i++) w[i] = 0;
 #pragma unroll
-    for (int i = 0; i < V; i++) w[i / 4] |= (is_bool ? (uint32_t)(x[i] != 0.0f) : (uint32_t)(uint8_t)hm_f32_to_i32(x[i])) << (i % 4 * 8);
+    for (int i = 0; i < V; i++)
+      w[i / 4] |= (is_bool ? (uint32_t)(x[i] != 0.0f) : (uint32_t)(uint8_t)hm_f32_to_i32(x[i])) << (i % 4 * 8);
     hm_store_words<V / 4>(static_cast<uint8_t *>(data) + at, w);
   }
 }

@@ -101,13 +101,15 @@ static void read_sizes(lua_State *L, int idx, const char *what, int64_t size[3])
   for (int d = 0; d < 3; d++) size[d] = d < attr.n ? attr.v[d] : 1;
 }
 
-static hm_arg read_arg(lua_State *L, const hb_state *st, int idx, int number) {
+static hm_arg read_arg(lua_State *L, const hb_state *st, const hm_kernel *k, int idx, int number) {
   if (lua_isinteger(L, idx)) return hm_i(lua_tointeger(L, idx));
   if (lua_type(L, idx) == LUA_TNUMBER) return hm_f(lua_tonumber(L, idx));
   if (lua_type(L, idx) == LUA_TBOOLEAN) return hm_i(lua_toboolean(L, idx));
   hm_tensor **t = hb_test(L, st, idx);
-  if (!t) hb_error(L, "kernel: argument %d must be a tensor, a number or a boolean, got %s", number, hb_came(L, idx));
-  if (!*t) hb_error(L, "kernel: argument %d was released", number);
+  if (!t)
+    hb_error(L, "kernel %s: argument %d must be a tensor, a number or a boolean, got %s", hm_kernel_name(k), number,
+             hb_came(L, idx));
+  if (!*t) hb_error(L, "kernel %s: argument %d was released", hm_kernel_name(k), number);
   return hm_t(*t);
 }
 
@@ -123,7 +125,7 @@ static int l_launch(lua_State *L) {
   read_sizes(L, 3, "block", block);
   const int64_t shared = hb_integer(L, 4, "kernel", "shared");
   if (n > HM_MAX_USER_ARGS) return hb_error(L, "kernel: at most %d arguments, got %d", (int)HM_MAX_USER_ARGS, n);
-  for (int i = 0; i < n; i++) in[i] = read_arg(L, st, i + 5, i + 1);
+  for (int i = 0; i < n; i++) in[i] = read_arg(L, st, *k, i + 5, i + 1);
   hb_check(L, st, hm_kernel_launch(*k, grid, block, shared, in, n));
   return 0;
 }

@@ -274,7 +274,8 @@ static bool read_region(lua_State *L, int idx, region *r, char *cls) {
 /* Is a device of CUDA in use? */
 static bool in_use(int device) {
   hm_memory_stats s;
-  return hm_cuda_opened() && device <= hm_cuda_device_count() && hm_memory_get_stats(device, &s) == HM_OK && s.allocs > 0;
+  return hm_cuda_opened() && device <= hm_cuda_device_count() && hm_memory_get_stats(device, &s) == HM_OK &&
+         s.allocs > 0;
 }
 
 /* Holds a region's dtype against the GPUs in use: one without tensor cores gains nothing (a warning, once), one without bfloat16 cannot do it. */
@@ -286,9 +287,10 @@ static void check_devices(lua_State *L, hb_state *st, const region *r) {
     if (!info || info->major >= 7 || warned) continue;
     warned = true;
     char text[320];
-    snprintf(text, sizeof text,
-             "halfmoon: autocast: %s (%s) has compute capability %d.%d: half precision saves memory there but no time; tensor cores came with 7.0",
-             hm_device_name(device), info->name, info->major, info->minor);
+    snprintf(
+        text, sizeof text,
+        "halfmoon: autocast: %s (%s) has compute capability %d.%d: half precision saves memory there but no time; tensor cores came with 7.0",
+        hm_device_name(device), info->name, info->major, info->minor);
     lua_warning(L, text, 0);
   }
 }

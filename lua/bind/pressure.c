@@ -90,7 +90,9 @@ static void collect_all(lua_State *L) {
   pressure.full_cost = pressure.full_cost == 0 ? cost : 0.5 * (pressure.full_cost + cost);
 }
 
-static bool fits_budget(double price) { return pressure.spent + price < CREDIT + BUDGET * (hb_clock() - pressure.opened); }
+static bool fits_budget(double price) {
+  return pressure.spent + price < CREDIT + BUDGET * (hb_clock() - pressure.opened);
+}
 
 /* A young collection, unless the last was just now.  Entering generational mode, at the first one, is a full collection
  * too.  True if it gave back half of what was missed. */

@@ -1,12 +1,15 @@
 -- emit_cuda.lua -- tiles.cuh: every elementwise formula as a functor for the device (kernels/cuda/elementwise.cu).
 --
--- A functor has the number of inputs and constants, how many elements a thread should take at once, value(inputs, constants) for float, double
--- and, where the row has one, int64_t, and constants(attributes, ...), which runs on the host.  HM_TILES(X) lists them all.
+-- A functor has the number of inputs and constants, how many elements a thread should take at once, value(inputs,
+-- constants) for float, double
+-- and, where the row has one, int64_t, and constants(attributes, ...), which runs on the host.  HM_TILES(X) lists them
+-- all.
 
 local expr = require "expr"
 local formula = require "formula"
 
--- Rough instruction counts of functions: a formula above HEAVY gets 4 elements a thread, not 8, so that it does not run out of registers.
+-- Rough instruction counts of functions: a formula above HEAVY gets 4 elements a thread, not 8, so that it does not
+-- run out of registers.
 local COST = {exp = 20, log = 30, log1p = 45, tanh = 40, erf = 100, erfc = 90, sin = 110, cos = 110, pow = 220, remainder = 100, sqrt = 10, floor = 10}
 local HEAVY = 75
 

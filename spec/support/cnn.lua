@@ -26,12 +26,14 @@ M.Net = Net
 --- A training run on one batch of random images: run.step() does one step and returns the loss as a tensor.
 ---@param dtype "f32"|"bf16"|"f16"
 ---@param batch integer
-function M.run(dtype, batch)
+---@param device string? "cpu" if left out; weights and images are the same on all
+function M.run(dtype, batch, device)
+  device = device or "cpu"
   hm.manual_seed(1)
-  local run = {model = Net()}
+  local run = {model = Net():to(device)}
   run.opt = hm.optim.AdamW(run.model:parameters(), {lr = 1e-3})
   run.scaler = amp.GradScaler {enabled = dtype == "f16", init_scale = 2.0 ^ 10}
-  local x, y = hm.randn {batch, 1, 28, 28}, hm.randint(0, 10, {batch})
+  local x, y = hm.randn({batch, 1, 28, 28}):to(device), hm.randint(0, 10, {batch}):to(device)
   function run.step()
     run.opt:zero_grad()
     local loss

@@ -310,7 +310,7 @@ function Module:load_state_dict(state, opts)
   end
   core.no_grad(function()
     for full, value in pairs(places) do
-      if state[full] then value:copy_(state[full]) end
+      if state[full] then value:copy_(state[full]:to(value.device)) end
     end
   end)
   return {missing = missing, unexpected = unexpected}
