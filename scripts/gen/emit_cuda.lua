@@ -10,7 +10,10 @@ local formula = require "formula"
 
 -- Rough instruction counts of functions: a formula above HEAVY gets 4 elements a thread, not 8, so that it does not
 -- run out of registers.
-local COST = {exp = 20, log = 30, log1p = 45, tanh = 40, erf = 100, erfc = 90, sin = 110, cos = 110, pow = 220, remainder = 100, sqrt = 10, floor = 10}
+local COST = {
+  exp = 20, log = 30, log1p = 45, tanh = 40, erf = 100, erfc = 90, sin = 110, cos = 110, pow = 220, remainder = 100,
+  sqrt = 10, floor = 10,
+}
 local HEAVY = 75
 
 local function cost(tree)
