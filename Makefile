@@ -43,10 +43,10 @@ endif
 OBJ := $(OUT)/obj
 
 GEN_C   := $(addprefix $(GEN)/,optable.c ops_api.c backward.c)
-GEN_H   := $(addprefix $(GEN)/,ops.h ops_api.h tiles.h)
+GEN_H   := $(addprefix $(GEN)/,ops.h ops_api.h tiles_hot.h tiles_cold.h)
 
 # Kernels that are compiled once for each instruction set.
-ISA_NAMES := isa convert elementwise copy fill reduce norm loss pool multi index
+ISA_NAMES := isa attention convert elementwise expression copy fill reduce spread norm normalize rownorm loss pool resample multi
 ifneq ($(filter x86_64% amd64%,$(shell $(CC) -dumpmachine 2>/dev/null)),)
   ISAS := baseline avx2 avx512
 else
@@ -106,35 +106,80 @@ endif
 
 # ====== Targets ======
 
-.PHONY: help all gen demo test spec asan lint fmt bench env install clean probe run-demo run-test
+.PHONY: help all base gen demo test audit test-io test-emu test-emu-full test-oom asan valgrind coverage lint fmt bench bundle env install clean probe run-demo run-test
 
 help: ## this list
 	@printf 'Halfmoon.  Targets:\n'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(filter %akefile %.mk,$(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(filter %akefile %.mk,$(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 	@printf 'Settings: V=1 (show commands), SPEC=spec/x_spec.lua FILTER=name (one test), PREFIX=, BUILD=, CC=, OPT=-O0\n'
 
-all: $(PROGRAM) $(MODULE) $(LIB) ## the program, the module for stock Lua, the C library
+all: base plug-in ## the program, the module for stock Lua, the C library, and where nvcc is found the plug-in for CUDA
+base: $(PROGRAM) $(MODULE) $(LIB)
 
 gen: $(GEN)/stamp ## expand the op table into build/gen
 
 demo: ## install what is missing, build, train a CNN in f32, bf16 and f16
 	@scripts/bootstrap demo
-	@$(MAKE) $(jobs) all
+	@$(MAKE) $(jobs) base
 	@$(MAKE) run-demo
 run-demo:
 	$(Q)$(PROGRAM) $(DEMO)
 
 test: ## install what is missing, build, run every check
 	@scripts/bootstrap test
-	@$(MAKE) $(jobs) all cuda-emu
+	@$(MAKE) $(jobs) base cuda-emu emu-spec emu-tsan $(BUILD)/io-shim.so
 	@$(MAKE) run-test
 run-test:
-	$(Q)SPEC='$(SPEC)' FILTER='$(FILTER)' BUILD='$(BUILD)' LUA='$(LUA)' scripts/test
+	$(Q)SPEC='$(SPEC)' FILTER='$(FILTER)' BUILD='$(BUILD)' LUA='$(LUA)' CC='$(CC)' LIBS='$(LIBS)' JOBS='$(JOBS)' scripts/test
+
+# Fails, or kills the program at, the n-th call on a folder's files; specs put it before the C library.
+$(BUILD)/io-shim.so: spec/support/io_shim.c
+	@mkdir -p $(@D)
+	$(call say,LD,$@)
+	$(Q)$(CC) -std=gnu11 -O1 $(WARN) -shared -fPIC -o $@ $< -ldl
+
+test-io: ## saves killed at each system call, every read and write failing once (part of make test)
+	@scripts/bootstrap test
+	@$(MAKE) $(jobs) base $(BUILD)/io-shim.so
+	$(Q)SPEC=spec/crash_spec.lua FILTER='$(FILTER)' BUILD='$(BUILD)' LUA='$(LUA)' JOBS='$(JOBS)' scripts/test
+
+test-emu: ## the specs on the CUDA test double in several wake orders and with deferred streams (part of make test)
+	@scripts/bootstrap test
+	@$(MAKE) $(jobs) base cuda-emu
+	$(Q)SPEC='$(SPEC)' FILTER='$(FILTER)' BUILD='$(BUILD)' JOBS='$(JOBS)' scripts/test-emu
+
+test-emu-full: ## the whole suite on the double in every order, and everything on it under the sanitizers (long)
+	@scripts/bootstrap test
+	@$(MAKE) $(jobs) base cuda-emu emu-spec emu-tsan
+	@$(MAKE) $(jobs) SANITIZE=address,undefined OPT=-O1 base cuda-emu emu-spec
+	$(Q)SPEC='$(SPEC)' FILTER='$(FILTER)' BUILD='$(BUILD)' JOBS='$(JOBS)' scripts/test-emu full
+
+test-oom: base ## memory that runs out, at every allocation in turn (in part in make test)
+	$(Q)BUILD='$(BUILD)' scripts/test-oom
 
 asan: ## the specs under the address and undefined-behaviour sanitizers
 	@scripts/bootstrap test
-	@$(MAKE) $(jobs) SANITIZE=address,undefined OPT=-O1 all
+	@rm -f '$(BUILD)/asan/halfmoon-cuda-emu.so' # what test-emu-full left, of other sources; the double has that target
+	@$(MAKE) $(jobs) SANITIZE=address,undefined OPT=-O1 base
 	$(Q)SPEC='$(SPEC)' FILTER='$(FILTER)' BUILD='$(BUILD)/asan' scripts/test asan
+
+audit: ## every op, module, optimizer and function: bound, documented, annotated, proved; and planted faults are seen
+	@scripts/bootstrap test
+	@$(MAKE) $(jobs) base
+	$(Q)BUILD='$(BUILD)' LUA='$(LUA)' CC='$(CC)' LIBS='$(LIBS)' scripts/audit
+
+# GOMP_SPINCOUNT is set so that the program does not start itself once more, outside valgrind.
+valgrind: base ## two training steps in float32 and float16 under memcheck (needs valgrind)
+	@command -v valgrind >/dev/null || { echo 'valgrind is missing: apt install valgrind' >&2; exit 1; }
+	$(Q)GOMP_SPINCOUNT=0 HALFMOON_THREADS=1 HALFMOON_CUDA=off valgrind --quiet --error-exitcode=1 --leak-check=full \
+	  --show-leak-kinds=definite --errors-for-leak-kinds=definite --suppressions=scripts/valgrind.supp \
+	  $(PROGRAM) scripts/valgrind.lua
+
+coverage: ## lines of core and kernels/cpu that the specs reach (gcov)
+	@$(MAKE) $(jobs) BUILD='$(BUILD)/coverage' CUDA=0 OPT=-O1 CFLAGS='-O1 --coverage -fprofile-update=atomic' LDFLAGS=--coverage base
+	@$(MAKE) $(jobs) cuda-emu # its own lines are not counted; core's for CUDA are reached through it
+	$(Q)cp -p '$(BUILD)/halfmoon-cuda-emu.so' '$(BUILD)/coverage/'
+	$(Q)SPEC='$(SPEC)' BUILD='$(BUILD)/coverage' scripts/coverage
 
 lint: ## style and layering: luacheck, clang-format, shellcheck, arrows between folders
 	@scripts/bootstrap lint
@@ -144,8 +189,12 @@ fmt: ## format the C sources
 	@scripts/bootstrap lint
 	$(Q)clang-format -i $(wildcard core/*.[ch] kernels/*.h kernels/cpu/*.[ch] lua/bind/*.[ch])
 
-bench: all ## speed and memory against the machine's limits (and PyTorch where there is one)
+bench: base ## speed and memory against the machine's limits (and PyTorch where there is one)
 	$(Q)$(PROGRAM) scripts/bench/run.lua $(BENCH)
+
+bundle: ## pack the sources and what a bare machine may lack into build/halfmoon-bundle.tar.gz, for scripts/gpu-check.sh
+	@scripts/bootstrap test
+	$(Q)CC='$(CC)' LUA='$(LUA)' PKG_CONFIG='$(PKG_CONFIG)' scripts/bundle '$(BUILD)/halfmoon-bundle.tar.gz'
 
 env: ## export lines that let stock Lua find the library: eval "$(make -s env)"
 	@printf 'export LUA_PATH="%s/lua/?.lua;%s/lua/?/init.lua;;"\n' '$(CURDIR)' '$(CURDIR)'
@@ -158,7 +207,8 @@ install: all ## copy to $(PREFIX): bin, lib, include, share
 	$(Q)install $(PROGRAM) '$(DESTDIR)$(PREFIX)/bin/halfmoon'
 	$(Q)install -m 644 $(LIB) '$(DESTDIR)$(PREFIX)/lib/libhalfmoon.a'
 	$(Q)install -m 644 $(MODULE) '$(DESTDIR)$(PREFIX)/lib/lua/5.4/halfmoon.so'
-	$(Q)install -m 644 core/halfmoon.h kernels/kernels.h $(GEN)/ops.h $(GEN)/ops_api.h '$(DESTDIR)$(PREFIX)/include/halfmoon'
+	$(Q)install -m 644 core/halfmoon.h kernels/kernels.h kernels/expression.h $(GEN)/ops.h $(GEN)/ops_api.h '$(DESTDIR)$(PREFIX)/include/halfmoon'
+	$(Q)if [ -f $(CUDA_PLUGIN) ]; then install $(CUDA_PLUGIN) '$(DESTDIR)$(PREFIX)/lib/lua/5.4/halfmoon-cuda.so'; fi
 	$(Q)rm -rf '$(DESTDIR)$(PREFIX)/share/halfmoon/lua/halfmoon'
 	$(Q)cp -R lua/halfmoon '$(DESTDIR)$(PREFIX)/share/halfmoon/lua/'
 	$(Q)ln -sfn ../../halfmoon/lua/halfmoon '$(DESTDIR)$(PREFIX)/share/lua/5.4/halfmoon'
@@ -175,13 +225,13 @@ jobs = $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j$(JOBS))
 # Looks for every dependency once, says what it found and what to do; run again with `make probe`.
 $(BUILD)/probed: scripts/probe
 	@mkdir -p $(@D)
-	@CC='$(CC)' PKG_CONFIG='$(PKG_CONFIG)' LUA='$(LUA)' LUA_PC='$(LUA_PC)' LUA_ARCHIVE='$(LUA_ARCHIVE)' scripts/probe
+	@CC='$(CC)' PKG_CONFIG='$(PKG_CONFIG)' LUA='$(LUA)' LUA_PC='$(LUA_PC)' LUA_ARCHIVE='$(LUA_ARCHIVE)' NVCC='$(NVCC)' scripts/probe
 	@touch $@
 probe: ## look for the dependencies and say what to do about missing ones
 	@rm -f $(BUILD)/probed
 	@$(MAKE) $(BUILD)/probed
 
-$(GEN)/stamp: kernels/ops.def scripts/genops.lua $(wildcard scripts/gen/*.lua) | $(BUILD)/probed
+$(GEN)/stamp: kernels/ops.def kernels/math.h kernels/half.h scripts/genops.lua $(wildcard scripts/gen/*.lua) lua/halfmoon/expr.lua | $(BUILD)/probed
 	@mkdir -p $(GEN)
 	$(call say,GEN,$(GEN))
 	$(Q)$(LUA) scripts/genops.lua $(GEN)
@@ -229,18 +279,21 @@ $(LIB): $(LIB_O)
 	$(call say,AR,$@)
 	$(Q)rm -f $@ && $(AR) rcs $@ $(LIB_O)
 
-$(PROGRAM): $(PROG_O) $(BIND_O) $(LIB)
+# The engine lies in the module, once: the program brings Lua and the prompt, and finds the module beside itself or where it is installed.
+$(PROGRAM): $(PROG_O) $(MODULE)
 	$(call say,LD,$@)
-	$(Q)$(CC) $(LINK) $(LDFLAGS) -Wl,-E -o $@ $(PROG_O) $(BIND_O) $(LIB) $(LUA_LINK) -ledit $(LIBS)
+	$(Q)$(CC) $(LINK) $(LDFLAGS) -Wl,-E -Wl,-rpath,'$$ORIGIN:$$ORIGIN/../lib/lua/5.4' -o $@ $(PROG_O) $(MODULE) $(LUA_LINK) -ledit -lm -lpthread -ldl
 
-# Only the entry point is visible, and Lua comes from the program that loads the module.
+# Only the entry point is visible (and the binding's state, for the prompt); Lua comes from the program that loads the module.
 $(MODULE): $(BIND_O) $(LIB)
 	$(call say,LD,$@)
-	@echo '{ global: luaopen_halfmoon_core; local: *; };' > $(OBJ)/module.map
-	$(Q)$(CC) $(LINK) $(LDFLAGS) -shared -Wl,--version-script=$(OBJ)/module.map -o $@ $(BIND_O) $(LIB) $(LIBS)
+	@echo '{ global: luaopen_halfmoon_core; hb_now; local: *; };' > $(OBJ)/module.map
+	$(Q)$(CC) $(LINK) $(LDFLAGS) -shared -Wl,-soname,halfmoon.so -Wl,--version-script=$(OBJ)/module.map -o $@ $(BIND_O) $(LIB) $(LIBS)
 
 # The CUDA backend: a plug-in of its own (make cuda), and the same sources on a test double (make cuda-emu), which the specs run.
 include kernels/emu/emu.mk
 include kernels/cuda/cuda.mk
+# Development only: fuzzers of the file readers (make fuzz).
+include scripts/fuzz/fuzz.mk
 
 -include $(LIB_O:.o=.d) $(BIND_O:.o=.d) $(PROG_O:.o=.d)

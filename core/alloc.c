@@ -39,7 +39,7 @@
 
 _Atomic int64_t hm__alloc_countdown;
 
-void hm_alloc_fail_at(int64_t n) { atomic_store(&hm__alloc_countdown, n > 0 ? n : 0); }
+int64_t hm_alloc_fail_at(int64_t n) { return atomic_exchange(&hm__alloc_countdown, n > 0 ? n : 0); }
 
 bool hm__alloc_count_down(void) {
   int64_t n = atomic_load(&hm__alloc_countdown);
@@ -51,6 +51,20 @@ bool hm__alloc_count_down(void) {
 
 /* ====== Host memory ====== */
 
+/* Counting begins when a test asks: the rest pays for a look at a flag. */
+static _Atomic bool counting;
+static _Atomic int64_t blocks;
+
+static inline void count_block(int delta) {
+  if (atomic_load_explicit(&counting, memory_order_relaxed)) atomic_fetch_add(&blocks, delta);
+}
+
+int64_t hm_host_blocks(void) {
+  static int64_t spare_at_first;
+  if (!atomic_exchange(&counting, true)) spare_at_first = hm__spare_structs();
+  return atomic_load(&blocks) - (hm__spare_structs() - spare_at_first);
+}
+
 /* Keeps the message of a host allocation that failed. */
 static void *host_failed(size_t bytes) {
   hm_fail(HM_ERR_MEMORY, "out of memory: %zu bytes of host memory were refused", bytes);
@@ -59,20 +73,29 @@ static void *host_failed(size_t bytes) {
 
 void *hm_alloc(size_t bytes) {
   void *p = hm__alloc_injected() ? NULL : malloc(bytes ? bytes : 1);
-  return p ? p : host_failed(bytes);
+  if (!p) return host_failed(bytes);
+  count_block(1);
+  return p;
 }
 
 void *hm_calloc(size_t bytes) {
   void *p = hm__alloc_injected() ? NULL : calloc(1, bytes ? bytes : 1);
-  return p ? p : host_failed(bytes);
+  if (!p) return host_failed(bytes);
+  count_block(1);
+  return p;
 }
 
 void *hm_realloc(void *p, size_t bytes) {
   void *q = hm__alloc_injected() ? NULL : realloc(p, bytes ? bytes : 1);
-  return q ? q : host_failed(bytes);
+  if (!q) return host_failed(bytes);
+  if (!p) count_block(1);
+  return q;
 }
 
-void hm_free(void *p) { free(p); }
+void hm_free(void *p) {
+  if (p) count_block(-1);
+  free(p);
+}
 
 /* ====== Size classes ====== */
 
@@ -456,6 +479,47 @@ void hm__device_free(int device, void *data, size_t bytes) {
   }
   pthread_mutex_unlock(&p->lock);
 }
+
+/* ====== Pinned host memory ====== */
+
+static void count_pinned(pool *p, int64_t delta) {
+  pthread_mutex_lock(&p->lock);
+  p->stats.pinned += delta;
+  pthread_mutex_unlock(&p->lock);
+}
+
+/* Not pooled: those who use it keep it for long.  When it is out, the collector may know of some. */
+int hm__pinned_alloc(int device, size_t bytes, void **out) {
+  char want[32], held[32];
+  *out = NULL;
+  pool *p = pool_of(device);
+  if (!p) return HM_ERR_DEVICE;
+  if (!p->backend->host_alloc)
+    return hm_fail(HM_ERR_UNSUPPORTED, "%s has no pinned host memory", hm_device_name(device));
+  void *data = NULL;
+  if (!hm__alloc_injected()) {
+    data = p->backend->host_alloc(p->index, bytes);
+    if (!data && press(bytes, true)) data = p->backend->host_alloc(p->index, bytes);
+    if (!data && p->backend->synchronize(p->index)) return HM_ERR_DEVICE; /* it is lost, or does not open */
+  }
+  if (!data)
+    return hm_fail(HM_ERR_MEMORY,
+                   "out of pinned host memory for %s: wanted %s, %s are held\n"
+                   "  hint: a smaller batch_size or prefetch needs less; close() loaders that are no longer used",
+                   hm_device_name(device), human((int64_t)bytes, want), human(p->stats.pinned, held));
+  count_pinned(p, (int64_t)bytes);
+  *out = data;
+  return HM_OK;
+}
+
+void hm__pinned_free(int device, void *data, size_t bytes) {
+  if (!data) return;
+  pool *p = &pools[device];
+  p->backend->host_free(p->index, data, bytes);
+  count_pinned(p, -(int64_t)bytes);
+}
+
+/* ====== Giving back ====== */
 
 /* Gives back every free block that is a whole segment.  The lock is held. */
 static void trim_large(pool *p) {

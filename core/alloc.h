@@ -27,6 +27,9 @@ static inline bool hm__alloc_injected(void) {
   return atomic_load_explicit(&hm__alloc_countdown, memory_order_relaxed) > 0 && hm__alloc_count_down();
 }
 
+/* Structs of tensors and storages that wait for reuse.  Mutator thread. (tensor.c) */
+int64_t hm__spare_structs(void);
+
 /* Makes the devices of an opened backend known: ids first .. first + device_count() - 1.  HM_ERR_INTERNAL if it was
  * built against another kernels.h, HM_ERR_DEVICE if there is no room.  This is where a plug-in joins. (device.c) */
 int hm__device_register(const hm_backend *backend, int first);

@@ -129,11 +129,23 @@ static int settle_integers(hm_opcall *c) {
   return HM_OK;
 }
 
-/* Operands of matrix products and convolutions must agree: nothing promotes them outside autocast. */
-static int check_agreement(const hm_opcall *c) {
+/* An op of the engine's own that runs for a backward function, not for a hook or a function in Lua. */
+static bool runs_for_backward(void) {
+  const hm_node *n = hm__running_node();
+  return n && n->op >= 0;
+}
+
+/* Operands of matrix products and convolutions must agree: nothing promotes them outside autocast.  Only where an op of autocast is
+ * differentiated twice, float32 gradients of weights meet low operands: they are computed in float32. */
+static int check_agreement(hm_opcall *c) {
   if (c->info->family != HM_FAMILY_MATMUL && c->info->family != HM_FAMILY_CONV) return HM_OK;
   for (int i = 0; i < c->info->n_in; i++) {
     if (c->in[i].kind != HM_ARG_TENSOR || c->info->in[i].optional || c->in[i].t->dtype == c->dtype) continue;
+    if (runs_for_backward() && c->dtype == HM_F32) {
+      const int status = cast_operand(c, i, HM_F32, false);
+      if (status) return status;
+      continue;
+    }
     char a[160], b[160];
     return hm_fail(
         HM_ERR_DTYPE,

@@ -8,10 +8,12 @@
  * Walks may nest (a hook or a custom function may call backward): each keeps its scratch in hm_visit records, stacked on the nodes.
  * The walk has its own mode: autocast off, gradients on only under create_graph.
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "hook.h"
+#include "recompute.h"
 #include "tape.h"
 
 /* One node met by one walk. */
@@ -24,6 +26,8 @@ struct hm_visit {
   hm_tensor *grad[]; /* node->n_out of them, owned */
 };
 
+enum { MAX_TEMP = 96 }; /* a backward function reads each operand a few times at most */
+
 typedef struct walk {
   struct walk *outer;
   bool retain, create_graph;
@@ -31,8 +35,11 @@ typedef struct walk {
   hm_visit *visits;
   hm_visit **heap;
   int heap_n, heap_max;
-  hm_tensor *temp[2 * (HM_MAX_IN + HM_MAX_OUT)]; /* aliases made for the running node */
+  hm_node *running;          /* whose backward function runs */
+  hm_node *walked;           /* the same, and on while its gradients are handed on */
+  hm_tensor *temp[MAX_TEMP]; /* aliases made for it */
   int n_temp;
+  const hm_region *regions; /* what hm__region_filled said at the start */
   /* restricted: what to catch */
   hm_tensor *const *input;
   hm_node **input_node;
@@ -44,6 +51,10 @@ static walk *current; /* mutator thread only */
 static uint64_t grad_clock;
 
 bool hm__in_backward(void) { return current != NULL; }
+
+const hm_node *hm__running_node(void) { return current ? current->running : NULL; }
+
+const hm_node *hm__walked_node(void) { return current ? current->walked : NULL; }
 
 /* ====== Visits and the heap ====== */
 
@@ -97,8 +108,8 @@ static hm_visit *heap_pop(walk *w) {
   return top;
 }
 
-static void release_temps(walk *w) {
-  while (w->n_temp > 0) hm_tensor_release(w->temp[--w->n_temp]);
+static void release_temps(walk *w, int from) {
+  while (w->n_temp > from) hm_tensor_release(w->temp[--w->n_temp]);
 }
 
 static void release_grads(hm_visit *v) {
@@ -109,7 +120,7 @@ static void release_grads(hm_visit *v) {
 }
 
 static void walk_end(walk *w) {
-  release_temps(w);
+  release_temps(w, 0);
   while (w->visits) {
     hm_visit *v = w->visits;
     w->visits = v->next;
@@ -153,14 +164,21 @@ double hm__reduced_count(const hm_node *n, int in, const hm_attr *dims) {
   return (double)count;
 }
 
-static const char *node_name(const hm_node *n) {
+const char *hm__node_name(const hm_node *n) {
   return n->op == HM_NODE_CUSTOM ? n->custom->name : n->op == HM_NODE_ACCUMULATE ? "leaf" : hm_op_get(n->op)->name;
 }
 
-/* Keeps a temporary until the running node is done. */
-static hm_arg keep_temp(hm_tensor *t) {
-  current->temp[current->n_temp++] = t;
-  return hm_t(t);
+const char *hm_grad_fn(const hm_tensor *t) { return t->node ? hm__node_name(t->node) : NULL; }
+
+/* Keeps a temporary (taken over) until the running node is done. */
+static hm_arg keep_temp(hm_tensor *t, int *status) {
+  if (current->n_temp < MAX_TEMP) {
+    current->temp[current->n_temp++] = t;
+    return hm_t(t);
+  }
+  hm_tensor_release(t);
+  *status = hm_fail(HM_ERR_UNSUPPORTED, "backward: %s reads too many saved tensors", hm__node_name(current->running));
+  return hm_t(NULL);
 }
 
 static int check_saved(const hm_node *n, const hm_saved *s, const char *role, const char *name) {
@@ -168,24 +186,49 @@ static int check_saved(const hm_node *n, const hm_saved *s, const char *role, co
     return hm_fail(
         HM_ERR_STATE,
         "backward: the graph was freed: %s has given up its saved tensors\n  hint: pass retain_graph = true to the first backward",
-        node_name(n));
+        hm__node_name(n));
   if (s->arg.kind != HM_ARG_TENSOR || hm_tensor_version(s->arg.t) == s->version) return HM_OK;
   char text[160];
   return hm_fail(
       HM_ERR_STATE,
       "backward: %s %s of %s, %s, was changed in place after it was saved (version %u, expected %u)\n  hint: use the form that makes a new tensor",
-      role, name, node_name(n), hm_describe(s->arg.t, text, sizeof text), hm_tensor_version(s->arg.t), s->version);
+      role, name, hm__node_name(n), hm_describe(s->arg.t, text, sizeof text), hm_tensor_version(s->arg.t), s->version);
 }
 
-/* The saved tensor as a member of the graph, where its gradient goes to output nr of `origin`. */
-static hm_arg with_graph(hm_tensor *t, hm_node *origin, int nr, int *status) {
-  hm_tensor *alias;
-  *status = hm_alias(t, &alias);
+/* Where the saved value lies: with the node, or in its region, which is computed again if need be.  The walk steps aside meanwhile. */
+static const hm_saved *obtain(hm_node *n, const hm_saved *s, int *status) {
+  if (n->freed || (int)s->arg.kind != HM_ARG_LATER) return s;
+  const hm_saved *found = hm__region_find(n->region, (int)s->arg.i);
+  if (found) return found;
+  walk *w = current;
+  current = NULL;
+  *status = hm__region_recompute(n->region);
+  current = w;
+  return *status ? s : hm__region_find(n->region, (int)s->arg.i);
+}
+
+/* What the node kept, checked; a tensor of a region is held until the node is done. */
+static hm_arg fetch(hm_node *n, const hm_saved *kept, const char *role, const char *name, int *status) {
+  const hm_saved *s = obtain(n, kept, status);
+  if (!*status) *status = check_saved(n, s, role, name);
   if (*status) return hm_t(NULL);
-  alias->node = hm__node_retain(origin);
-  alias->out_nr = nr;
+  return s == kept ? s->arg : keep_temp(hm_tensor_retain(s->arg.t), status);
+}
+
+/* The saved tensor as a member of the graph, where its gradient goes along edge e.  One that autocast had cast keeps the edge's dtype. */
+static hm_arg with_graph(hm_tensor *t, const hm_edge *e, int *status) {
+  hm_tensor *alias;
+  hm_node *origin = NULL;
+  *status = t->dtype == e->dtype ? HM_OK : hm__lend(e, &origin);
+  if (!*status) *status = hm_alias(t, &alias);
+  if (*status) {
+    hm__node_release(origin);
+    return hm_t(NULL);
+  }
+  alias->node = origin ? origin : hm__node_retain(e->node);
+  alias->out_nr = origin ? 0 : e->nr;
   alias->requires_grad = true;
-  return keep_temp(alias);
+  return keep_temp(alias, status);
 }
 
 /* Under autocast's backward = "float32": the saved value, widened. */
@@ -194,25 +237,53 @@ static hm_arg widened(const hm_node *n, hm_arg a, int *status) {
     return a;
   hm_tensor *wide;
   *status = hm_to(a.t, HM_F32, -1, false, &wide);
-  return *status ? a : keep_temp(wide);
+  return *status ? a : keep_temp(wide, status);
 }
 
 hm_arg hm__saved_in(hm_node *n, int in, int *status) {
-  const hm_saved *s = &n->in[in];
-  *status = check_saved(n, s, "operand", hm_op_get(n->op)->in[in].name);
-  if (*status || s->arg.kind != HM_ARG_TENSOR) return s->arg;
-  hm_arg a = s->arg;
-  if (current->create_graph && n->edge[in].node) a = with_graph(a.t, n->edge[in].node, n->edge[in].nr, status);
+  hm_arg a = fetch(n, &n->in[in], "operand", hm_op_get(n->op)->in[in].name, status);
+  if (*status || a.kind != HM_ARG_TENSOR) return a;
+  if (current->create_graph && n->edge[in].node) a = with_graph(a.t, &n->edge[in], status);
   return widened(n, a, status);
 }
 
 hm_arg hm__saved_out(hm_node *n, int out, int *status) {
-  const hm_saved *s = &n->out[out];
-  *status = check_saved(n, s, "result", hm_op_get(n->op)->out[out].name);
-  if (*status || s->arg.kind != HM_ARG_TENSOR) return s->arg;
-  hm_arg a = s->arg;
-  if (current->create_graph && out == 0) a = with_graph(a.t, n, out, status);
+  hm_arg a = fetch(n, &n->out[out], "result", hm_op_get(n->op)->out[out].name, status);
+  if (*status || a.kind != HM_ARG_TENSOR) return a;
+  if (current->create_graph && out == 0)
+    a = with_graph(a.t, &(hm_edge){.node = n, .nr = out, .dtype = a.t->dtype}, status);
   return widened(n, a, status);
+}
+
+/* One tensor that a custom function kept.  New reference. */
+static int custom_saved(hm_node *n, int i, hm_tensor **out) {
+  const int role = n->custom->role[i], held = current->n_temp;
+  char name[24];
+  snprintf(name, sizeof name, "%d", i + 1);
+  int status = HM_OK;
+  hm_arg a = fetch(n, &n->custom->saved[i], "saved tensor", name, &status);
+  if (status) return status; /* nothing was held */
+  const hm_edge own = {.node = n, .nr = -1 - role, .dtype = a.t->dtype};
+  const hm_edge *e = role > 0 ? &n->edge[role - 1] : &own;
+  if (current->create_graph && role != 0 && e->node) a = with_graph(a.t, e, &status);
+  if (!status && a.t->requires_grad) *out = hm_tensor_retain(a.t);
+  else if (!status) status = hm_alias(a.t, out);
+  release_temps(current, held);
+  return status;
+}
+
+int hm_custom_saved(int *count, hm_tensor **out) {
+  hm_node *n = current ? current->running : NULL;
+  if (!n || n->op != HM_NODE_CUSTOM)
+    return hm_fail(HM_ERR_STATE, "saved: saved tensors can only be asked for inside the function's backward");
+  *count = n->custom->n_saved;
+  for (int i = 0; out && i < n->custom->n_saved; i++) {
+    const int status = custom_saved(n, i, &out[i]);
+    if (!status) continue;
+    while (i-- > 0) hm_tensor_release(out[i]);
+    return status;
+  }
+  return HM_OK;
 }
 
 /* ====== Gradients on their way ====== */
@@ -254,9 +325,10 @@ static int fit(const hm_node *n, const hm_edge *e, hm_tensor **g) {
   int status = HM_OK;
   if (!shape_fits(e, *g)) {
     status = hm_sum_to(*g, e->ndim, e->shape, &fitted);
+    if (status && status != HM_ERR_SHAPE) return status;
     if (status) {
       char text[160];
-      return hm_fail(HM_ERR_SHAPE, "backward: %s gave a gradient of the wrong shape, %s", node_name(n),
+      return hm_fail(HM_ERR_SHAPE, "backward: %s gave a gradient of the wrong shape, %s", hm__node_name(n),
                      hm_describe(*g, text, sizeof text));
     }
     hm_tensor_release(*g);
@@ -363,17 +435,26 @@ static int run_op(walk *w, hm_visit *v) {
     grad_in = hm_calloc(sizeof *grad_in * n->n_in);
     if (!grad_in) return HM_ERR_MEMORY;
   }
+  const int looked_for = hm_mode_current()->anomaly;
+  const bool anomaly = looked_for == HM_ANOMALY_NAN || looked_for == HM_ANOMALY_INF;
+  w->walked = n;
   int status = n->backward_f32 ? widen_gradients(v) : HM_OK;
+  if (!status && anomaly) status = hm__anomaly_check(n, false, n->n_out, v->grad);
+  w->running = n;
   if (!status) status = call_backward(n, v->grad, grad_in);
-  release_temps(w);
+  w->running = NULL;
+  release_temps(w, 0);
   release_grads(v);
-  if (!w->retain) hm__node_free_saved(n);
+  if (!status && anomaly) status = hm__anomaly_check(n, true, n->n_in, grad_in);
+  if (w->retain) hm__node_forget(n);
+  else hm__node_free_saved(n);
   for (int i = 0; i < n->n_in; i++) {
     if (!grad_in[i]) continue;
     if (status || !hm__wants(n, i)) hm_tensor_release(grad_in[i]);
     else status = deliver(w, n, &n->edge[i], grad_in[i]);
   }
   if (grad_in != few) hm_free(grad_in);
+  w->walked = NULL;
   return status;
 }
 
@@ -449,6 +530,7 @@ static int run(walk *w, hm_tensor *const *roots, hm_tensor *const *grads, int n)
   mode.grad = w->create_graph;
   mode.autocast = false;
   w->outer = current;
+  w->regions = hm__region_filled();
   current = w;
   hm_mode_switch(&mode);
   int status = HM_OK;
@@ -461,6 +543,7 @@ static int run(walk *w, hm_tensor *const *roots, hm_tensor *const *grads, int n)
   if (!w->retain && status) /* the graph is dead: nothing half-walked may be walked again */
     for (hm_visit *v = w->visits; v; v = v->next) hm__node_free_saved(v->node);
   hm_mode_switch(outer);
+  hm__region_clear_since(w->regions);
   walk_end(w);
   current = w->outer;
   return status;

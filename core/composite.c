@@ -99,6 +99,20 @@ int hm_to(hm_tensor *t, int dtype, int device, bool copy, hm_tensor **out) {
   return cast(t, dtype, 0, out);
 }
 
+int hm__copy_across(hm_tensor *x, hm_tensor *src, hm_tensor **out) {
+  *out = NULL;
+  int status = hm__check_copy(x, src);
+  if (status) return status;
+  /* Converted over there, or here where that leaves less to move; once in either case. */
+  const int dtype = hm_dtype_size(x->dtype) < hm_dtype_size(src->dtype) ? x->dtype : HM_NONE;
+  hm_tensor *here;
+  status = hm_to(src, dtype, hm_tensor_device(x), false, &here);
+  if (status) return status;
+  status = hm_op_copy_(hm_t(x), hm_t(here), out);
+  hm_tensor_release(here);
+  return status;
+}
+
 int hm_contiguous(hm_tensor *t, hm_tensor **out) {
   if (!hm_is_contiguous(t)) return cast(t, HM_NONE, 1, out);
   *out = hm_tensor_retain(t);
@@ -307,10 +321,33 @@ static int narrow_backward(hm_opcall *c) {
   return status;
 }
 
+/* select_pick(x, index, dim, keepdim): gather, along a dim that index may lack. */
+static int select_pick(hm_opcall *c) {
+  hm_tensor *const x = c->in[0].t;
+  if (x->ndim == 0) {
+    c->out[0] = hm_tensor_retain(x);
+    return HM_OK;
+  }
+  const int status = hm__wrap_dim(c, &c->attr[0].i, x->ndim);
+  if (status) return status;
+  const int64_t dim = c->attr[0].i;
+  if (c->attr[1].i) return hm_op_gather(hm_t(x), c->in[1], dim, &c->out[0]);
+  hm_tensor *wide = NULL, *picked = NULL;
+  int s = hm_op_unsqueeze(c->in[1], dim, &wide);
+  if (!s) s = hm_op_gather(hm_t(x), hm_t(wide), dim, &picked);
+  if (!s) s = hm_op_squeeze(hm_t(picked), 1, &dim, &c->out[0]);
+  hm_tensor_release(wide);
+  hm_tensor_release(picked);
+  return s;
+}
+
 int hm__infer_composite(hm_opcall *c) {
   switch (c->op) {
+  case HM_OP_SELECT_PICK: return select_pick(c);
   case HM_OP_AMAX_BACKWARD: return amax_backward(c);
   case HM_OP_NARROW_BACKWARD: return narrow_backward(c);
+  case HM_OP_CROSS_ENTROPY_BACKWARD_BY_G: return hm__cross_entropy_by_g(c);
+  case HM_OP_CROSS_ENTROPY_BACKWARD_BY_X: return hm__cross_entropy_by_x(c);
   default: return hm_fail(HM_ERR_INTERNAL, "%s: a composite without a body", c->info->name);
   }
 }

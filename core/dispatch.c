@@ -42,7 +42,7 @@ static int check_operand(const hm_opcall *c, int i) {
   }
   if (a->kind != HM_ARG_TENSOR) {
     const bool number = c->info->family == HM_FAMILY_ELEMENTWISE || c->info->family == HM_FAMILY_FILL ||
-                        c->info->family == HM_FAMILY_COPY;
+                        c->info->family == HM_FAMILY_COPY || c->op == HM_OP_SCATTER;
     if (number && !want->mutated) return HM_OK;
     return hm_fail(HM_ERR_ARG, "%s: %s must be a tensor, got a number", c->info->name, want->name);
   }
@@ -410,8 +410,12 @@ static int compute(hm_opcall *c, bool grad, bool record) {
   take_random(c);
   bool empty = true;
   for (int i = 0; i < c->info->n_out; i++) empty = empty && c->out[i]->numel == 0;
-  if (!empty) status = run_kernel(c);
+  if (!empty && hm__watched) status = hm__watch_before(c);
+  if (!empty && !status) status = run_kernel(c);
+  if (!empty && !status && hm__watched) status = hm__watch_after(c);
   if (!status && dst) hm__touch(dst);
+  for (int i = 1; i < c->info->n_in && !status; i++) /* running statistics */
+    if (c->info->in[i].mutated && c->in[i].kind == HM_ARG_TENSOR) hm__touch(c->in[i].t);
   return status;
 }
 
@@ -467,7 +471,15 @@ static int matmul_vectors(const hm_arg *in, int out_dtype, hm_tensor **out) {
   return status;
 }
 
+/* copy_ is the one op whose operands may lie on different devices. */
+static bool crosses_devices(int op, const hm_arg *in) {
+  return op == HM_OP_COPY_ && in[0].kind == HM_ARG_TENSOR && in[1].kind == HM_ARG_TENSOR &&
+         !hm_tensor_is_dropped(in[0].t) && !hm_tensor_is_dropped(in[1].t) &&
+         hm_tensor_device(in[0].t) != hm_tensor_device(in[1].t);
+}
+
 int hm_call_as(int op, const hm_arg *in, const hm_attr *attr, int out_dtype, hm_tensor **out) {
+  if (crosses_devices(op, in)) return hm__copy_across(in[0].t, in[1].t, out);
   if (op == HM_OP_MATMUL && in[0].kind == HM_ARG_TENSOR && in[1].kind == HM_ARG_TENSOR && in[0].t->ndim > 0 &&
       in[1].t->ndim > 0 && (in[0].t->ndim == 1 || in[1].t->ndim == 1))
     return matmul_vectors(in, out_dtype, out);
@@ -491,5 +503,43 @@ int hm_call_inplace(int op, const hm_arg *in, const hm_attr *attr) {
   init_call(&c, op, in, attr, HM_NONE, true);
   const int status = call(&c);
   for (int i = 0; i < info->n_out; i++) hm_tensor_release(c.out[i]);
+  return status;
+}
+
+/* ====== Elementwise calls of no row ====== */
+
+static int run_with(hm_opcall *c, hm_run_fn run, void *ud) {
+  int status = hm__autocast(c);
+  if (status) return status;
+  c->spec[0].dtype = output_dtype(c, 0);
+  status = c->info->infer(c);
+  if (!status) status = allocate_outputs(c);
+  if (status || c->out[0]->numel == 0) return status;
+  hm_kernel_call k = {
+      .op = -1, .compute = c->compute, .n_in = c->info->n_in, .n_out = 1, .attr = c->attr, .workspace = NULL};
+  make_views(c, &k);
+  if (hm__watched) status = hm__watch_before(c);
+  if (!status) status = run(ud, c, &k);
+  if (!status && hm__watched) status = hm__watch_after(c);
+  return status;
+}
+
+int hm__call_with(const hm_op_info *info, const hm_arg *in, hm_run_fn run, void *ud, hm_tensor **out) {
+  hm_opcall c = {.info = info, .op = -1, .out_dtype = HM_NONE};
+  *out = NULL;
+  for (int i = 0; i < info->n_in; i++) c.src[i] = c.in[i] = in[i];
+  int status = check_operands(&c);
+  if (status) return status;
+  hm_mode *mode = hm_mode_current();
+  const bool grad = mode->grad;
+  const char *cls = mode->cls;
+  mode->grad = false;
+  mode->cls = NULL; /* overrides name rows */
+  status = run_with(&c, run, ud);
+  mode->grad = grad;
+  mode->cls = cls;
+  if (!status && op_log) log_call(&c, false);
+  finish(&c, status);
+  *out = c.out[0];
   return status;
 }

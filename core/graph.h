@@ -22,15 +22,18 @@ typedef struct hm_edge {
   int64_t shape[HM_MAX_NDIM]; /* set for every tensor input, wanted or not */
 } hm_edge;
 
+/* Kind of an hm_saved.arg that a region keeps: arg.i is its place there (recompute.h). */
+enum { HM_ARG_LATER = 64 };
+
 typedef struct hm_saved {
-  hm_arg arg;       /* tensor (owned), number, or none */
+  hm_arg arg;       /* tensor (owned), number, none, or HM_ARG_LATER */
   uint32_t version; /* of the tensor's storage when it was saved */
 } hm_saved;
 
 struct hm_node {
   _Atomic int32_t refs;
   int32_t op; /* enum hm_op, or HM_NODE_ACCUMULATE / HM_NODE_CUSTOM */
-  uint8_t n_in, n_out;
+  uint16_t n_in, n_out;
   bool freed;               /* saved tensors are gone: a second backward is an error */
   uint64_t seq;             /* order of recording; the walk takes the highest first */
   struct hm_visit *visit;   /* scratch of the innermost walk that has met the node */
@@ -42,6 +45,10 @@ struct hm_node {
   hm_tensor *leaf;          /* accumulators: owned; the leaf only borrows its accumulator */
   bool backward_f32;        /* gradients of this op are computed in float32 (autocast's `backward` option) */
   struct hm_custom *custom; /* custom functions: owned */
+  hm_region *region;        /* owned; keeps what is HM_ARG_LATER */
+  bool lent;                /* stands for edge[0]: edges to it go there at once (hm__lend) */
+  bool again;               /* recorded while the region was computed again: what it keeps there is not this node's */
+  char *trace;              /* owned; where the op was recorded, under detect_anomaly */
 };
 
 enum { HM_NODE_ACCUMULATE = -1, HM_NODE_CUSTOM = -2 };
@@ -74,11 +81,22 @@ void hm__node_release(hm_node *n);
 static inline uint64_t hm__grad_order(const hm_tensor *t) { return t->grad_order; }
 /* True while this thread walks a graph backward. */
 bool hm__in_backward(void);
+/* The node whose backward runs; NULL outside. */
+const hm_node *hm__running_node(void);
+/* The node whose backward runs or whose gradients are being handed on; NULL outside. */
+const hm_node *hm__walked_node(void);
+/* "conv2d", the name of a custom function, or "leaf". */
+const char *hm__node_name(const hm_node *n);
 /* The tensors a node keeps for backward, for the op log: fills list (borrowed), returns how many. */
 int hm__node_saved(const hm_node *n, hm_tensor **list, int max);
 
 /* ---- autocast (autocast.c) ---- */
 /* Chooses dtypes for the call and casts operands; afterwards in[], dtype, compute are final. */
 int hm__autocast(hm_opcall *c);
+
+/* ---- the watch on kernel calls (telemetry.c); both only while hm__watched ---- */
+extern bool hm__watched;
+int hm__watch_before(const hm_opcall *c);
+int hm__watch_after(const hm_opcall *c);
 
 #endif

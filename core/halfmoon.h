@@ -39,8 +39,11 @@ void *hm_alloc(size_t bytes);
 void *hm_calloc(size_t bytes);
 void *hm_realloc(void *p, size_t bytes);
 void hm_free(void *p);
-/* Test hook: fail the n-th allocation from now (1 is the next), tensor memory included; 0 switches off. */
-void hm_alloc_fail_at(int64_t n);
+/* Test hook: fail the n-th allocation from now (1 is the next), tensor memory included; 0 switches off.  Returns what was left to the
+ * failure asked for before: 0 if it came, or there was none. */
+int64_t hm_alloc_fail_at(int64_t n);
+/* Test hook: blocks of host memory in use (not those kept for reuse), as a difference to the first call, which begins the count. */
+int64_t hm_host_blocks(void);
 
 typedef struct hm_memory_stats {
   int64_t live;          /* bytes of tensor data in use */
@@ -51,8 +54,10 @@ typedef struct hm_memory_stats {
   int64_t system_allocs; /* of those, how many went to the system */
   int64_t layout_copies; /* copies made only to change layout */
   int64_t shadow_bytes;  /* part of live: derived low-precision and packed copies */
+  int64_t pinned;        /* bytes of pinned host memory that loaders hold for this device; beside all of the above */
 } hm_memory_stats;
 
+/* Fills in what a device's memory stands at. */
 int hm_memory_get_stats(int device, hm_memory_stats *out);
 /* peak and the mark of the pressure hook start again from what is live. */
 void hm_memory_reset_peak(int device);
@@ -147,10 +152,10 @@ bool hm_tensor_is_dropped(const hm_tensor *t);
 
 /* ---- reading ---- */
 
-int hm_tensor_device(const hm_tensor *t);
-void *hm_tensor_data(const hm_tensor *t); /* first element; device memory on a GPU */
-uint32_t hm_tensor_version(const hm_tensor *t);
-bool hm_tensor_is_leaf(const hm_tensor *t);
+int hm_tensor_device(const hm_tensor *t);               /* where its memory lies: a device id */
+void *hm_tensor_data(const hm_tensor *t);               /* first element; device memory on a GPU */
+uint32_t hm_tensor_version(const hm_tensor *t);         /* how often its memory was written to by in-place ops */
+bool hm_tensor_is_leaf(const hm_tensor *t);             /* not made by a recorded op */
 bool hm_is_contiguous(const hm_tensor *t);              /* row-major, no gaps */
 bool hm_is_channels_last(const hm_tensor *t);           /* 4-d, memory order N H W C, no gaps */
 int hm_item(const hm_tensor *t, double *f, int64_t *i); /* one element: floats set *f, others *i (either may be NULL) */
@@ -187,6 +192,7 @@ typedef struct hm_arg {
   };
 } hm_arg;
 
+/* A tensor (NULL: nothing), an integer, a float as an operand. */
 static inline hm_arg hm_t(hm_tensor *t) {
   return t ? (hm_arg){HM_ARG_TENSOR, {.t = t}} : (hm_arg){HM_ARG_NONE, {.t = NULL}};
 }
@@ -240,6 +246,7 @@ typedef struct hm_op_info {
   bool differentiable; /* some input has a derivative */
   bool partial;
   bool generated; /* made by the generator from another row */
+  bool dim_first; /* callers give the first attribute, a dim, right behind the first input: gather(x, dim, index) */
   float ulp;
   const char *domain;
   hm_in_info in[HM_MAX_IN];
@@ -269,6 +276,29 @@ int hm_call_inplace(int op, const hm_arg *in, const hm_attr *attr);
 int hm_kernel_launch(hm_kernel *k, const int64_t grid[3], const int64_t block[3], int64_t shared_bytes,
                      const hm_arg *in, int n);
 
+/* ---- formulas (expression.c): elementwise functions made at run time, outside autograd ---- */
+
+typedef struct hm_expression hm_expression;
+struct hm_program; /* kernels/expression.h */
+
+typedef struct hm_expression_spec {
+  const char *name;           /* for messages */
+  const char *const *in_name; /* program->n_in of them, at most HM_MAX_IN */
+  char cls;                   /* autocast class of all inputs: L F P T */
+  bool gives_bool;            /* the result is true or false, not of the inputs' dtype */
+  const struct hm_program *program;
+} hm_expression_spec;
+
+/* Copies the program, after checking it.  Integer inputs are computed in int64 where all steps can be, else become float32. */
+int hm_expression_new(const hm_expression_spec *spec, hm_expression **out);
+void hm_expression_free(hm_expression *e);                          /* NULL is ignored */
+int hm_expression_count(const hm_expression *e);                    /* inputs */
+const char *hm_expression_name(const hm_expression *e);             /* borrowed */
+const char *hm_expression_input(const hm_expression *e, int index); /* borrowed */
+/* Runs it on tensors and numbers, by the same rules as an elementwise row: promotion, autocast, broadcasting.  One pass; on a GPU one kernel,
+ * compiled at the first call for each combination of dtypes.  A new reference in *out; nothing is recorded. */
+int hm_expression_call(hm_expression *e, const hm_arg *in, hm_tensor **out);
+
 /* Composites that are not rows (composite.c).  New references. */
 int hm_to(hm_tensor *t, int dtype, int device, bool copy,
           hm_tensor **out);                       /* dtype HM_NONE, device -1: as t.  Nothing to do: t */
@@ -295,6 +325,41 @@ typedef struct hm_op_event {
 typedef void (*hm_op_log_fn)(void *ud, const hm_op_event *event);
 void hm_set_op_log(hm_op_log_fn fn, void *ud); /* NULL switches off */
 
+/* ====== Looking at values (telemetry.c) ====== */
+
+/* What a tensor of a floating dtype holds. */
+typedef struct hm_census {
+  int64_t n, zeros;
+  int64_t inf, minus_inf, nan;
+  double amax, sum_sq; /* of the finite values */
+  int64_t flushed, subnormal,
+      overflow; /* what float16 would make of the finite values times scale: zero, a subnormal, infinity */
+} hm_census;
+/* Counts on the host; waits for the device.  histogram: NULL, or HM_HISTOGRAM counts of the finite values by exponent (kernels.h), written. */
+int hm_take_census(const hm_tensor *t, double scale, hm_census *out, int64_t *histogram);
+
+typedef struct hm_op_result {
+  const char *name;
+  hm_tensor *t;
+  const hm_census *census;
+} hm_op_result;
+/* A kernel call that read or made a value that is not finite.  Pointers are valid during the call only. */
+typedef struct hm_op_sight {
+  const hm_op_info *info;
+  bool backward;              /* run by the engine's backward walk */
+  const char *backward_of;    /* the op or function whose backward it belongs to; NULL outside a walk */
+  const char *recorded;       /* where that one was recorded, if its mode had `anomaly`; else NULL */
+  const hm_arg *in;           /* info->n_in operands, as the kernel got them */
+  const hm_census *in_census; /* of each, before the call: zeros for numbers, integers and destinations */
+  int n_results;
+  const hm_op_result *result; /* outputs, and what else was written to */
+} hm_op_sight;
+typedef void (*hm_op_watch_fn)(void *ud, const hm_op_sight *sight);
+/* Looks at the operands and results of every kernel call, which waits for the device each time.  NULL switches off.  For debugging. */
+void hm_set_op_watch(hm_op_watch_fn fn, void *ud);
+/* Calls looked at since the last watch began. */
+int64_t hm_op_watch_calls(void);
+
 /* ====== Modes: gradients on or off, autocast (mode.c) ====== */
 
 /* Belongs to one coroutine; the binding keeps one for each and says which is current.  Plain data, copied freely. */
@@ -305,7 +370,18 @@ typedef struct hm_mode {
   int8_t low;            /* region's dtype: HM_F16 or HM_BF16 */
   int8_t backward_dtype; /* HM_NONE, or HM_F32: gradients of eligible ops are computed in float32 */
   const char *cls; /* NULL, or HM_OP_COUNT letters that override the ops' classes (0: as the table says); borrowed */
+  int8_t anomaly;  /* HM_ANOMALY_... */
+  struct hm_region *
+      region; /* ops leave what backward needs to this region, which computes it again; NULL: they keep it.  Borrowed */
 } hm_mode;
+
+/* Looking for the op whose backward makes the first NaN. */
+enum {
+  HM_ANOMALY_OFF,
+  HM_ANOMALY_NAN,
+  HM_ANOMALY_INF,   /* the first infinity too */
+  HM_ANOMALY_PLACES /* looks for nothing, only notes where ops are recorded */
+};
 
 hm_mode *hm_mode_current(void);     /* never NULL; changes through it take effect at once */
 void hm_mode_switch(hm_mode *mode); /* NULL: this thread's own default mode */
@@ -315,6 +391,7 @@ typedef struct hm_cast_stats {
   int64_t casts;        /* casts of anything else */
   int64_t bytes;        /* held by low copies of weights */
 } hm_cast_stats;
+/* What autocast has cast since the start. */
 void hm_cast_get_stats(hm_cast_stats *out);
 
 /* ====== Autograd (autograd.c) ====== */
@@ -327,6 +404,13 @@ int hm_backward(hm_tensor *const *roots, hm_tensor *const *grads, int n, bool re
 int hm_autograd_grad(hm_tensor *const *roots, hm_tensor *const *grads, int n, hm_tensor *const *inputs, int n_inputs,
                      bool retain, bool create_graph, bool allow_unused, hm_tensor **out);
 
+/* Under hm_mode.anomaly each node keeps where it was recorded, as this function tells it: a text from hm_alloc, which is taken over (NULL: not
+ * known).  A walk under it fails at the first backward that makes a NaN, and says where its op was recorded. */
+typedef char *(*hm_trace_fn)(void);
+void hm_set_trace(hm_trace_fn fn);
+/* Name of the op that made t, or of the function; NULL for leaves and tensors without a graph. */
+const char *hm_grad_fn(const hm_tensor *t);
+
 /* A function with its own backward (Lua Functions).  Gradients of the n_out outputs come in (NULL: none arrived), gradients of the n_in inputs go
  * out (new references, NULL: none). */
 typedef int (*hm_custom_fn)(void *ud, int n_out, hm_tensor *const *grad, int n_in, hm_tensor **grad_in);
@@ -334,6 +418,38 @@ typedef int (*hm_custom_fn)(void *ud, int n_out, hm_tensor *const *grad, int n_i
  * also when this fails).  Nothing is recorded when gradients are off or no input wants one. */
 int hm_record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out,
                      hm_custom_fn fn, void *ud, void (*drop)(void *ud));
+/* What else a custom node may have. */
+typedef struct hm_custom_options {
+  hm_tensor *const
+      *save; /* tensors to keep for backward (aliases: inputs, outputs, others): hm_custom_saved hands them out */
+  int n_save;
+  const bool *plain; /* NULL, or for each output: true for one that carries no gradient */
+} hm_custom_options;
+int hm_record_custom_with(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out,
+                          const hm_custom_options *options, hm_custom_fn fn, void *ud, void (*drop)(void *ud));
+/* Inside a hm_custom_fn: the tensors that its node keeps, in order (*n: how many; out: new references, or NULL to ask for the number).  Under
+ * create_graph inputs and outputs come with their graph.  One that was changed in place since is an error. */
+int hm_custom_saved(int *n, hm_tensor **out);
+
+/* ====== Regions that backward computes again (recompute.c) ====== */
+
+typedef struct hm_region hm_region;
+/* Runs the region's forward again on its arguments (borrowed); the results are not looked at. */
+typedef int (*hm_region_fn)(void *ud, int n, hm_tensor *const *args);
+typedef struct hm_region_options {
+  bool random; /* computed again from the forward's random state */
+  bool check;  /* what comes must be as in the forward: shape, dtype, device, version */
+} hm_region_options;
+
+/* A region of the forward that starts now, with the current modes and random state.  Keeps the arguments.  Takes ud over (drop(ud) at the end,
+ * also when this fails).  The caller sets hm_mode.region while the forward runs, and calls hm_region_close behind it; the graph keeps
+ * the region as long as it is needed. */
+int hm_region_new(hm_tensor *const *args, int n, const hm_region_options *options, hm_region_fn fn, void *ud,
+                  void (*drop)(void *ud), hm_region **out);
+void hm_region_close(hm_region *r);
+void hm_region_release(hm_region *r); /* NULL is ignored */
+/* True while a region is computed again: what the forward did to statistics must not be done twice. */
+bool hm_region_recomputing(void);
 
 /* ====== Random numbers (random.c) ====== */
 
@@ -343,19 +459,49 @@ void hm_random_get(int device, uint64_t *seed, uint64_t *offset);
 void hm_random_set(int device, uint64_t seed, uint64_t offset);
 void hm_random_take(int device, int64_t numel, hm_attr *rng); /* fills an rng attribute and advances */
 
-/* ====== Optimizers (optim.c) ====== */
+/* ====== Optimizers (optim*.c) ====== */
 
-typedef enum hm_optim_kind { HM_OPTIM_SGD, HM_OPTIM_ADAM, HM_OPTIM_ADAMW } hm_optim_kind;
+typedef enum hm_optim_kind {
+  HM_OPTIM_SGD,
+  HM_OPTIM_ADAM,
+  HM_OPTIM_ADAMW,
+  HM_OPTIM_RMSPROP,
+  HM_OPTIM_ADAGRAD,
+  HM_OPTIM_LION,
+  HM_OPTIM_KINDS
+} hm_optim_kind;
 
+/* hm_optim_fields says which kind has which. */
 typedef struct hm_optim_options {
   double lr, weight_decay;
-  double momentum, dampening; /* SGD */
-  double beta1, beta2, eps;   /* Adam, AdamW */
-  bool nesterov, maximize;
+  double momentum, dampening;
+  double beta1, beta2, eps;
+  double alpha;                               /* RMSprop: how much of the mean square stays */
+  double lr_decay, initial_accumulator_value; /* Adagrad */
+  bool nesterov, maximize, amsgrad, centered;
+  bool kahan; /* half parameters: what rounding takes is kept and made up for */
+  bool
+      stochastic; /* half parameters: rounded by chance, unbiased; takes ceil(numel / 4) of the device's random numbers each */
 } hm_optim_options;
+
+typedef struct hm_optim_field {
+  const char *name;
+  size_t offset;    /* in hm_optim_options */
+  bool flag;        /* a bool, else a double */
+  double low, high; /* a number must lie in [low, high) */
+  uint32_t kinds;   /* a bit for each kind that has it */
+} hm_optim_field;
+
+/* The table of options; static. */
+const hm_optim_field *hm_optim_fields(int *n);
+const char *hm_optim_kind_name(hm_optim_kind kind); /* "sgd", "adamw"; NULL for no kind */
+/* PyTorch's name of the state in a slot, from 0; NULL where a kind has none there. */
+const char *hm_optim_state_name(hm_optim_kind kind, int slot);
+void hm_optim_defaults(hm_optim_kind kind, hm_optim_options *out);
 
 typedef struct hm_optim hm_optim;
 
+/* An optimizer without parameters. */
 int hm_optim_new(hm_optim_kind kind, hm_optim **out);
 void hm_optim_free(hm_optim *o); /* NULL is ignored */
 /* Adds a group; retains the parameters (leaf tensors of floating dtype, no duplicates).  Returns its index in *group. */
@@ -369,10 +515,13 @@ int hm_optim_param_group(const hm_optim *o, int index);
 void hm_optim_zero_grad(hm_optim *o); /* gradients become NULL */
 /* One update of every parameter that has a gradient; others are untouched. */
 int hm_optim_step(hm_optim *o);
-/* State of one parameter: name "momentum_buffer", "exp_avg", "exp_avg_sq" -> tensor (borrowed; NULL while there is none); step counts its updates. */
+/* State of one parameter by name -> tensor (borrowed; NULL while there is none); step counts its updates. */
 hm_tensor *hm_optim_state(const hm_optim *o, int index, const char *name);
 int hm_optim_set_state(hm_optim *o, int index, const char *name,
                        hm_tensor *value); /* retains a copy in the state's dtype */
+/* After steps of an asynchronous scaler: waits for the device and takes over which of them were made.  To be called before step counts
+ * and state are read; whatever changes them does so itself. */
+int hm_optim_settle(hm_optim *o);
 int64_t hm_optim_param_step(const hm_optim *o, int index);
 void hm_optim_set_param_step(hm_optim *o, int index, int64_t step);
 /* Bytes of state held. */
@@ -381,17 +530,33 @@ int64_t hm_optim_state_bytes(const hm_optim *o);
 int hm_grad_norm(hm_tensor *const *params, int n, double *norm);
 /* grad *= coef for each that has one. */
 int hm_grad_scale(hm_tensor *const *params, int n, double coef);
+/* Every gradient's values held within [-limit, limit]; NaN stays. */
+int hm_grad_clamp(hm_tensor *const *params, int n, double limit);
+/* The norm of all gradients together as a 0-dim float32 tensor (new reference), and each gradient scaled so that it is max_norm at most, without
+ * a wait for the device.  *norm is NULL, and nothing was done, where the gradients' device cannot do that. */
+int hm_grad_clip(hm_tensor *const *params, int n, double max_norm, hm_tensor **norm);
 
 /* ====== The gradient scaler (scaler.c) ====== */
 
-/* What a policy hears after each update. */
+/* What a check found about one parameter. */
+typedef struct hm_param_finding {
+  hm_tensor *param; /* borrowed */
+  int index;        /* in its optimizer */
+  int64_t inf_count, nan_count;
+  double amax, norm; /* of unscaled finite gradients */
+} hm_param_finding;
+
+/* What a policy hears after each update.  Arrays are the scaler's, valid during the call. */
 typedef struct hm_scaler_event {
   bool found_inf;
   int64_t inf_count, nan_count;
   int64_t
       step; /* counts updates that had a check, from 1 (a step retried after a skip, without update() in between, counts too) */
-  double scale;      /* the scale those gradients were made with */
-  double amax, norm; /* of unscaled finite gradients; valid where the policy asked */
+  double scale;                  /* the scale those gradients were made with */
+  double amax, norm;             /* of unscaled finite gradients */
+  const int64_t *histogram;      /* HM_HISTOGRAM counts by exponent (kernels.h); NULL unless wanted */
+  const hm_param_finding *param; /* in the order of the checks; NULL unless wanted */
+  int n_params;
 } hm_scaler_event;
 
 /* Decides the next scale.  Returns HM_OK and sets *scale; or a status with a message: the scale stays and the event is "fault".
@@ -405,6 +570,7 @@ typedef struct hm_scaler_options {
   double min_scale, max_scale; /* 1 and 2^24 by default, widened to hold init_scale; 0 and INFINITY switch them off */
   bool enabled;
   bool allow_f16_grads;
+  bool async; /* on a device that can: nothing waits, and what happened is told later */
 } hm_scaler_options;
 
 typedef struct hm_culprit {
@@ -412,6 +578,9 @@ typedef struct hm_culprit {
   int index;        /* in the optimizer */
   int64_t inf_count, nan_count;
 } hm_culprit;
+
+/* What a step that nobody waited for will turn out to have done.  Counted; the optimizer must outlive what is read of it. */
+typedef struct hm_promise hm_promise;
 
 /* What step() did.  culprits: in backward order, nearest the loss first; owned by the scaler, valid until its next step or unscale_. */
 typedef struct hm_step_record {
@@ -421,7 +590,13 @@ typedef struct hm_step_record {
   double norm, amax; /* of unscaled finite gradients */
   const hm_culprit *culprits;
   int n_culprits;
+  hm_promise *
+      promise; /* async: a new reference, and the other fields say nothing; NULL: all is known (but the scale of an empty one, NAN) */
 } hm_step_record;
+
+/* Fills in what became of the step; waits for the device the first time.  culprits belong to the promise. */
+int hm_promise_read(hm_promise *promise, hm_step_record *record);
+void hm_promise_free(hm_promise *promise); /* drops one reference; NULL is ignored */
 
 typedef enum hm_scale_change {
   HM_SCALE_HOLD,
@@ -436,20 +611,55 @@ typedef enum hm_scale_change {
 typedef struct hm_update_record {
   double old_scale, new_scale;
   hm_scale_change event;
+  int64_t ticket; /* async: not 0, the other fields say nothing, and hm_scaler_hear tells them under this number */
 } hm_update_record;
+
+/* How the device moves the scale in update().  alone: by PyTorch's rule, and no policy is asked; else it only backs off, until the policy has
+ * heard of the overflow and says otherwise.  interval 0: no growth. */
+typedef struct hm_scaler_rule {
+  bool alone;
+  double growth, backoff;
+  int64_t interval;
+} hm_scaler_rule;
+
+/* An update of which all is known now. */
+typedef struct hm_heard {
+  int64_t ticket, step;
+  bool told; /* it had a check, and no scale was given to update() */
+  hm_update_record record;
+  bool found_inf;
+  int64_t inf_count, nan_count;
+} hm_heard;
+
+/* How many events a policy may be behind, and how many updates may be untold when there is none to ask. */
+enum { HM_SCALER_LAG = 4, HM_SCALER_UNTOLD = 64 };
 const char *hm_scale_change_name(hm_scale_change event); /* "hold", "grow", ... */
 
 typedef struct hm_scaler hm_scaler;
 
+/* A scaler without a policy: the scale stays until somebody sets it. */
 int hm_scaler_new(const hm_scaler_options *options, hm_scaler **out);
 void hm_scaler_free(hm_scaler *s);
 bool hm_scaler_enabled(const hm_scaler *s);
-double hm_scaler_get_scale(const hm_scaler *s); /* 1 when disabled */
+double hm_scaler_get_scale(const hm_scaler *s); /* 1 when disabled.  Late: what the policy said last */
+/* Does it work without waits now?  True from the first tensor on a device that can. */
+bool hm_scaler_late(const hm_scaler *s);
+/* The scale that the next loss is multiplied by, and the device's count of clean steps; late: waits for the device. */
+int hm_scaler_read(const hm_scaler *s, double *scale, int64_t *clean);
+/* Begins with another scale and count: after a checkpoint. */
+int hm_scaler_restart(hm_scaler *s, double scale, int64_t clean);
+void hm_scaler_set_rule(hm_scaler *s, const hm_scaler_rule *rule);
+/* Late: hears of the oldest update that is still untold, asks the policy about it and writes its answer to the device.  *heard: there was one.
+ * Waits for it when `all` is set or more are untold than may be (HM_SCALER_LAG, HM_SCALER_UNTOLD), else takes it only if it has come.  To be
+ * called after each update() until nothing is heard.  Event STOP: fails, with *out filled in.  FAULT: as hm_scaler_update. */
+int hm_scaler_hear(hm_scaler *s, bool all, bool *heard, hm_heard *out);
 /* Clamped to the bounds; HM_ERR_ARG unless positive and finite. */
 int hm_scaler_set_scale(hm_scaler *s, double scale);
 void hm_scaler_bounds(const hm_scaler *s, double *min_scale, double *max_scale);
 /* Takes ud over: drop(ud) when replaced or freed. */
 void hm_scaler_set_policy(hm_scaler *s, hm_policy_fn fn, void *ud, void (*drop)(void *ud));
+/* What events tell beyond counts, amax and norm, from the next check on; costs time in each check.  A scaler that is late has neither. */
+void hm_scaler_want(hm_scaler *s, bool histogram, bool per_param);
 /* loss * scale, always float32 (float64 stays), recorded.  A disabled scaler returns loss itself.  New reference. */
 int hm_scaler_scale(hm_scaler *s, hm_tensor *loss, hm_tensor **out);
 int hm_scaler_unscale(hm_scaler *s, hm_optim *o);
@@ -458,13 +668,17 @@ int hm_scaler_step(hm_scaler *s, hm_optim *o, double max_norm, hm_step_record *r
 /* new_scale: 0 lets the policy decide; without a policy the scale stays.  No check since the last update: nothing happens, event HOLD.
  * Event FAULT: returns HM_OK, and hm_error_message() says what the policy did.  Event STOP: fails, with the record filled in. */
 int hm_scaler_update(hm_scaler *s, double new_scale, hm_update_record *record);
+/* What the last check of o's gradients found, if there was one since update().  A scaler that is late does not know. */
+bool hm_scaler_checked(const hm_scaler *s, const hm_optim *o, hm_step_record *record);
+/* The gradients at hand were made with this scale (1: they are unscaled already), until the next update() that has a check. */
+void hm_scaler_assume(hm_scaler *s, double scale);
 /* Events handed to policies so far, for checkpoints. */
 int64_t hm_scaler_get_step(const hm_scaler *s);
 void hm_scaler_set_step(hm_scaler *s, int64_t step);
 /* An optimizer is about to go: forget what is kept about it. */
 void hm_scaler_forget(hm_scaler *s, const hm_optim *o);
 
-/* ====== Files (safetensors.c, idx.c) ====== */
+/* ====== Files (safetensors.c, idx.c, npy.c, cifar.c, csv.c) ====== */
 
 typedef struct hm_named {
   const char *name;
@@ -479,6 +693,7 @@ typedef struct hm_pair {
 int hm_safetensors_save(const char *path, const hm_named *entries, int n, const hm_pair *metadata, int n_metadata);
 
 typedef struct hm_safetensors hm_safetensors; /* an open file: header checked, data not yet read */
+/* Opens a file and checks its header; to be closed. */
 int hm_safetensors_open(const char *path, hm_safetensors **out);
 void hm_safetensors_close(hm_safetensors *f);
 int hm_safetensors_count(const hm_safetensors *f);
@@ -489,6 +704,36 @@ hm_pair hm_safetensors_metadata(const hm_safetensors *f, int index); /* borrowed
 
 /* An IDX file (plain or gzip): a new row-major u8, i32, f32 or f64 tensor on the CPU. */
 int hm_idx_read(const char *path, hm_tensor **out);
+
+/* NumPy's arrays (npy.c).  Reading: new row-major tensors on the CPU; integers that there is no dtype for become the next wider one.  Writing
+ * replaces the file as a whole; HM_ERR_DTYPE for bfloat16, which the format has not. */
+int hm_npy_read(const char *path, hm_tensor **out);
+int hm_npy_save(const char *path, hm_tensor *t);
+typedef struct hm_npz hm_npz; /* an open archive: its directory checked, arrays not yet read */
+int hm_npz_open(const char *path, hm_npz **out);
+void hm_npz_close(hm_npz *z); /* NULL is ignored */
+int hm_npz_count(const hm_npz *z);
+const char *hm_npz_name(const hm_npz *z, int index); /* without .npy, in the archive's order; borrowed */
+int hm_npz_read(const hm_npz *z, int index, hm_tensor **out);
+int hm_npz_save(const char *path, const hm_named *entries, int n);
+
+/* The bytes of a file as a u8 tensor on the CPU (cifar.c). */
+int hm_bytes_read(const char *path, hm_tensor **out);
+/* CIFAR-10 in its binary form: images u8 [n, 3, 32, 32] and labels i64 [n] of n_paths files, one after the other (cifar.c). */
+int hm_cifar_read(const char *const *paths, int n_paths, hm_tensor **images, hm_tensor **labels);
+
+/* Tables as text (csv.c). */
+typedef struct hm_csv_options {
+  char delimiter;
+  int header; /* 1: the first line has names; 0: it has none; -1: it has if one of its fields is not a number */
+} hm_csv_options;
+typedef struct hm_csv hm_csv; /* an open table: its text in memory */
+int hm_csv_open(const char *path, const hm_csv_options *options, hm_csv **out);
+void hm_csv_close(hm_csv *c); /* NULL is ignored */
+int hm_csv_columns(const hm_csv *c);
+const char *hm_csv_name(const hm_csv *c, int column); /* borrowed; NULL where there is no header */
+/* The chosen columns (from 0, in the order wanted) as a tensor [rows, n] on the CPU.  Empty fields are NaN, in integer dtypes an error. */
+int hm_csv_read(hm_csv *c, const int *columns, int n, int dtype, hm_tensor **out);
 
 /* ====== Batches (loader.c): one C thread gathers rows ahead of the loop ====== */
 
@@ -502,14 +747,15 @@ typedef struct hm_loader_options {
   int prefetch;        /* batches ready ahead; 0: gathered on the calling thread */
   int convert_to;      /* dtype of the first tensor's batches, or HM_NONE: as it is */
   double scale, shift; /* first tensor, when converted: x * scale + shift (in float32) */
+  int device; /* where batches are delivered; 0: the CPU.  Another: by way of pinned memory, one batch ahead of the loop */
 } hm_loader_options;
 
 /* tensors: n of them, contiguous, on the CPU, equal size along dim 0 (retained).  */
 int hm_loader_new(hm_tensor *const *tensors, int n, const hm_loader_options *options, hm_loader **out);
 void hm_loader_free(hm_loader *l);             /* stops the thread */
 int64_t hm_loader_batches(const hm_loader *l); /* per epoch */
-/* Begins an epoch: order is a function of (seed, epoch) alone. */
-int hm_loader_start(hm_loader *l, int64_t epoch);
+/* Begins an epoch: order is a function of (seed, epoch) alone.  Batches of the last one that were not taken are dropped. */
+int hm_loader_start(hm_loader *l, int64_t epoch, int64_t first); /* first: batches of the epoch that are passed over */
 /* The next batch: n new references in out; *done is set (and out untouched) at the end of the epoch. */
 int hm_loader_next(hm_loader *l, hm_tensor **out, bool *done);
 

@@ -166,15 +166,19 @@ static int check_elements(const hm_opcall *c, const hm_tensor *t, uint32_t mask)
   return HM_OK;
 }
 
-int hm__infer_reduce(hm_opcall *c) {
+int hm__reduce_spec(hm_opcall *c, hm_attr *dims, bool keepdim) {
   const hm_tensor *t = operand(c, 0);
   uint32_t mask;
-  int status = wrap_dims(c, &c->attr[0], t->ndim, &mask);
+  int status = wrap_dims(c, dims, t->ndim, &mask);
   if (!status) status = check_elements(c, t, mask);
-  if (status) return status;
-  reduced_spec(t, mask, c->attr[1].i, &c->spec[0]);
+  if (!status) reduced_spec(t, mask, keepdim, &c->spec[0]);
+  return status;
+}
+
+int hm__infer_reduce(hm_opcall *c) {
+  const int status = hm__reduce_spec(c, &c->attr[0], c->attr[1].i);
   if (c->op == HM_OP_SUM && !hm_dtype_is_float(c->dtype)) c->spec[0].dtype = HM_I64;
-  return HM_OK;
+  return status;
 }
 
 int hm__infer_reduce_index(hm_opcall *c) {
@@ -345,29 +349,7 @@ int hm__infer_linear(hm_opcall *c) {
   return status;
 }
 
-/* ====== Convolution and pooling ====== */
-
-/* Spells a one-number ints attribute out for both dims, and checks its range. */
-static int pair(const hm_opcall *c, hm_attr *a, int which, int64_t least) {
-  if (a->n == 1) {
-    a->n = 2;
-    a->v[1] = a->v[0];
-  }
-  if (a->n == 2 && a->v[0] >= least && a->v[1] >= least) return HM_OK;
-  return hm_fail(HM_ERR_ARG, "%s: %s must be one number or two, each at least %lld", NAME(c), c->info->attr[which].name,
-                 (long long)least);
-}
-
-static int window_output(const hm_opcall *c, const hm_tensor *x, int d, int64_t kernel, int64_t stride, int64_t padding,
-                         int64_t dilation, int64_t *out) {
-  const int64_t reach = dilation * (kernel - 1) + 1, room = x->shape[d] + 2 * padding - reach;
-  char text[160];
-  if (room < 0)
-    return hm_fail(HM_ERR_SHAPE, "%s: the window does not fit: it spans %lld along dim %d, x is %s with padding %lld",
-                   NAME(c), (long long)reach, d + 1, text_of(x, text), (long long)padding);
-  *out = room / stride + 1;
-  return HM_OK;
-}
+/* ====== Convolution ====== */
 
 /* Channels of x, weight and groups must agree.  w: shape of the weight. */
 static int check_channels(const hm_opcall *c, const hm_tensor *x, const int64_t *w, int64_t groups) {
@@ -388,8 +370,10 @@ static int conv_shape(const hm_opcall *c, const hm_tensor *x, const int64_t *w, 
   int status = check_channels(c, x, w, attr[3].i);
   out[0] = x->shape[0];
   out[1] = w[0];
-  for (int d = 0; d < 2 && !status; d++)
-    status = window_output(c, x, d + 2, w[d + 2], attr[0].v[d], attr[1].v[d], attr[2].v[d], &out[d + 2]);
+  for (int d = 0; d < 2 && !status; d++) {
+    const hm_window window = {w[d + 2], attr[0].v[d], attr[1].v[d], attr[2].v[d], false};
+    status = hm__window_output(c, x, d + 2, &window, &out[d + 2]);
+  }
   return status;
 }
 
@@ -443,69 +427,16 @@ int hm__infer_conv(hm_opcall *c) {
   int status = check_rank(c, 0, 4, forward ? "[N, C, H, W]" : "[N, O, H, W]");
   if (!status)
     status = check_rank(c, 1, 4, c->op == HM_OP_CONV2D_BACKWARD_WEIGHT ? "[N, C, H, W]" : "[O, C/groups, kH, kW]");
-  if (!status) status = pair(c, &attr[0], first, 1);
-  if (!status) status = pair(c, &attr[1], first + 1, 0);
-  if (!status) status = pair(c, &attr[2], first + 2, 1);
+  if (!status) status = hm__pair(c, &attr[0], first, 1);
+  if (!status) status = hm__pair(c, &attr[1], first + 1, 0);
+  if (!status) status = hm__pair(c, &attr[2], first + 2, 1);
   if (status) return status;
   return forward ? infer_conv_forward(c) : infer_conv_backward(c);
 }
 
-static int pool_shape(hm_opcall *c, const hm_tensor *x, hm_attr *attr, int first, int64_t *out) {
-  if (attr[1].n == 0) attr[1] = attr[0];
-  int status = pair(c, &attr[0], first, 1);
-  if (!status) status = pair(c, &attr[1], first + 1, 1);
-  if (!status) status = pair(c, &attr[2], first + 2, 0);
-  if (status) return status;
-  for (int d = 0; d < 2; d++)
-    if (2 * attr[2].v[d] > attr[0].v[d])
-      return hm_fail(HM_ERR_ARG, "%s: padding %lld is more than half the kernel size %lld", NAME(c),
-                     (long long)attr[2].v[d], (long long)attr[0].v[d]);
-  if (attr[0].v[0] * attr[0].v[1] > 256)
-    return hm_fail(HM_ERR_ARG, "%s: a window of %lld places is too large; at most 256", NAME(c),
-                   (long long)(attr[0].v[0] * attr[0].v[1]));
-  out[0] = x->shape[0];
-  out[1] = x->shape[1];
-  for (int d = 0; d < 2 && !status; d++)
-    status = window_output(c, x, d + 2, attr[0].v[d], attr[1].v[d], attr[2].v[d], 1, &out[d + 2]);
-  return status;
-}
-
-int hm__infer_pool(hm_opcall *c) {
-  int status = check_rank(c, 0, 4, "[N, C, H, W]");
-  if (status) return status;
-  if (c->op == HM_OP_MAX_POOL2D) {
-    int64_t shape[4];
-    status = pool_shape(c, operand(c, 0), c->attr, 0, shape);
-    for (int i = 0; i < 2 && !status; i++) {
-      spec_shape(&c->spec[i], 4, shape);
-      c->spec[i].channels_last = true;
-    }
-    return status;
-  }
-  hm_tensor x;
-  memset(&x, 0, sizeof x);
-  x.ndim = 4;
-  memcpy(x.shape, c->attr[0].v, sizeof(int64_t) * 4);
-  int64_t shape[4];
-  status = pool_shape(c, &x, &c->attr[1], 1, shape);
-  if (status) return status;
-  if (!same_shape(operand(c, 0), 4, shape) || !same_shape(operand(c, 1), 4, shape)) {
-    char a[160], b[160];
-    return hm_fail(HM_ERR_SHAPE, "%s: g and index must be [%lld,%lld,%lld,%lld], got %s and %s", NAME(c),
-                   (long long)shape[0], (long long)shape[1], (long long)shape[2], (long long)shape[3],
-                   text_of(operand(c, 0), a), text_of(operand(c, 1), b));
-  }
-  spec_shape(&c->spec[0], 4, c->attr[0].v);
-  c->spec[0].channels_last = true;
-  return HM_OK;
-}
-
 /* ====== Copies, fills, random numbers ====== */
 
-static int check_copy(const hm_opcall *c) {
-  const hm_tensor *x = operand(c, 0);
-  if (c->in[1].kind != HM_ARG_TENSOR) return HM_OK;
-  const hm_tensor *src = c->in[1].t;
+int hm__check_copy(const hm_tensor *x, const hm_tensor *src) {
   int ndim;
   int64_t shape[HM_MAX_NDIM];
   if (!hm_broadcast(x->ndim, x->shape, src->ndim, src->shape, &ndim, shape) && same_shape(x, ndim, shape)) return HM_OK;
@@ -515,7 +446,7 @@ static int check_copy(const hm_opcall *c) {
 }
 
 int hm__infer_copy(hm_opcall *c) {
-  if (c->op == HM_OP_COPY_) return check_copy(c);
+  if (c->op == HM_OP_COPY_) return c->in[1].kind == HM_ARG_TENSOR ? hm__check_copy(operand(c, 0), c->in[1].t) : HM_OK;
   const hm_tensor *t = operand(c, 0);
   hm_out_spec *s = &c->spec[0];
   s->dtype = c->out_dtype != HM_NONE ? c->out_dtype : c->attr[0].i != HM_NONE ? (int32_t)c->attr[0].i : t->dtype;
@@ -545,6 +476,7 @@ int hm__infer_random(hm_opcall *c) {
                      (long long)c->attr[1].i);
     return HM_OK;
   }
+  if (c->op == HM_OP_BERNOULLI_) return hm__check_chance(c, c->attr[0].f);
   if (!hm_dtype_is_float(t->dtype)) {
     char text[160];
     return hm_fail(HM_ERR_DTYPE, "%s: needs a floating dtype, came %s", NAME(c), hm_describe(t, text, sizeof text));

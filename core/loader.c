@@ -1,5 +1,5 @@
 /*
- * loader.c -- batches of rows, gathered ahead of the training loop by one C thread.
+ * loader.c -- batches of rows, gathered ahead of the training loop by one C thread, delivered on the CPU or on a GPU.
  *
  * A loader holds row tensors of equal length (images and labels, say).  An epoch is a permutation of the rows, a
  * function of (seed, epoch) alone; batch k takes the rows at its k-th stretch.  The first tensor may be converted on
@@ -11,6 +11,11 @@
  * `abandon` tells the worker to drop what it is doing: it looks after every few rows, so that free and start return at
  * once.  The rows' storages are held by aliases of the loader's own, so releasing a tensor in the script does not pull
  * memory away from under the worker; writing to it during an epoch is the script's own affair.
+ *
+ * To a GPU.  Each slot owns a buffer of pinned memory, where the worker gathers, and a transfer.  The mutator thread begins the upload of batch
+ * k + 1 when it hands out batch k, so that it runs beside the step that batch k is for; when batch k + 1 is handed out, the device's later work is
+ * told to come behind the upload.  A buffer goes to the worker again when its upload is seen to be done.  There is one buffer more than `prefetch`:
+ * next() waits for the device only when that has fallen behind by as many batches as there are buffers.
  *
  * Called by lua/bind through halfmoon.h, on the mutator thread only.
  */
@@ -32,8 +37,10 @@ typedef enum hm_slot_state { HM_SLOT_EMPTY, HM_SLOT_QUEUED, HM_SLOT_READY } hm_s
 typedef struct hm_slot {
   hm_slot_state state;
   int64_t first, rows; /* its stretch of the permutation */
-  hm_tensor **tensor;  /* n of them, owned; touched by the mutator only */
-  void **data;         /* their memory, for the worker */
+  hm_tensor **tensor;  /* n of them, owned; touched by the mutator only.  For a GPU: from the upload's beginning on */
+  void **data;         /* where the worker writes: the tensors' memory, or parts of `pinned` */
+  void *pinned;        /* for a GPU, owned */
+  hm_transfer *upload; /* for a GPU, owned: out of pinned into the tensors */
 } hm_slot;
 
 /* One source tensor, as the worker sees it. */
@@ -54,10 +61,15 @@ struct hm_loader {
   int64_t *order;      /* the permutation of this epoch */
   uint32_t table[256]; /* converted values of every byte, for u8 sources */
 
-  hm_slot *slot; /* the ring; one slot when prefetch is 0 */
+  const hm_backend *backend; /* of the GPU that batches go to; NULL: they stay on the CPU */
+  hm_piece *piece;           /* n of them, for an upload */
+  size_t pinned_bytes;       /* of each slot */
+
+  hm_slot *slot; /* the ring; batch k goes through slot k % n_slots */
   int n_slots;
-  int64_t next_batch; /* that next() will give; the ring holds next_batch .. queued - 1, batch k in slot k % n_slots */
-  int64_t queued;
+  int64_t next_batch; /* that next() will give */
+  int64_t taken;      /* batches whose tensors hold, or are getting, their values: next_batch, or one more */
+  int64_t queued;     /* batches given to the worker; taken .. queued - 1 are QUEUED or READY */
   bool started;
 
   pthread_t thread;
@@ -225,6 +237,41 @@ static void *work(void *arg) {
   return NULL;
 }
 
+/* ====== Pinned buffers, for a GPU ====== */
+
+enum { HM_PINNED_ALIGN = 256 };
+
+/* Bytes of source k's part of a buffer: a full batch, or all rows where that is less. */
+static size_t part_bytes(const hm_loader *l, int k) {
+  const int64_t rows = l->options.batch_size < l->rows ? l->options.batch_size : l->rows;
+  const hm_source *s = &l->source[k];
+  const size_t bytes = (size_t)rows * (size_t)s->row_elements * (size_t)hm_dtype_size(s->out_dtype);
+  return (bytes + HM_PINNED_ALIGN - 1) / HM_PINNED_ALIGN * HM_PINNED_ALIGN;
+}
+
+/* Gives every slot its buffer and its transfer, if it has none. */
+static int make_buffers(hm_loader *l) {
+  if (!l->backend || l->pinned_bytes == 0) return HM_OK;
+  for (int i = 0; i < l->n_slots; i++) {
+    hm_slot *slot = &l->slot[i];
+    int rc = slot->pinned ? HM_OK : hm__pinned_alloc(l->options.device, l->pinned_bytes, &slot->pinned);
+    if (rc) return hm_fail(rc, "loader: %s", hm_error_message());
+    if (!slot->upload) rc = l->backend->transfer_new(l->options.device - 1, &slot->upload);
+    if (rc) return rc;
+    size_t at = 0;
+    for (int k = 0; k < l->n; at += part_bytes(l, k++)) slot->data[k] = (char *)slot->pinned + at;
+  }
+  return HM_OK;
+}
+
+/* Gives a slot's buffer back, once its upload is done. */
+static void free_buffer(hm_loader *l, hm_slot *slot) {
+  if (slot->upload) l->backend->transfer_free(slot->upload);
+  hm__pinned_free(l->options.device, slot->pinned, l->pinned_bytes);
+  slot->upload = NULL;
+  slot->pinned = NULL;
+}
+
 /* ====== The ring, on the mutator thread ====== */
 
 static void release_all(hm_tensor **tensors, int n) {
@@ -234,6 +281,8 @@ static void release_all(hm_tensor **tensors, int n) {
   }
 }
 
+static hm_slot *slot_of(const hm_loader *l, int64_t batch) { return &l->slot[batch % l->n_slots]; }
+
 /* Makes the tensors of a batch of `rows` rows. */
 static int make_tensors(const hm_loader *l, int64_t rows, hm_tensor **out) {
   memset(out, 0, (size_t)l->n * sizeof *out);
@@ -242,7 +291,7 @@ static int make_tensors(const hm_loader *l, int64_t rows, hm_tensor **out) {
     int64_t shape[HM_MAX_NDIM];
     memcpy(shape, t->shape, sizeof shape);
     shape[0] = rows;
-    int rc = hm_empty(t->ndim, shape, l->source[k].out_dtype, HM_CPU, &out[k]);
+    int rc = hm_empty(t->ndim, shape, l->source[k].out_dtype, l->options.device, &out[k]);
     if (rc) {
       release_all(out, l->n);
       return rc;
@@ -256,13 +305,22 @@ static int64_t batch_rows(const hm_loader *l, int64_t batch) {
   return left < l->options.batch_size ? left : l->options.batch_size;
 }
 
-/* Makes the next batch of the epoch's tensors and hands them to the worker.  One must be left, and a slot free. */
+/* May the worker write to the slot's buffer?  With `wait` it may when this returns HM_OK. */
+static int buffer_ready(const hm_loader *l, hm_slot *slot, bool wait, bool *ready) {
+  *ready = true;
+  return slot->upload ? l->backend->transfer_ready(slot->upload, wait, ready) : HM_OK;
+}
+
+/* Hands the next batch of the epoch to the worker, with tensors to write to where it stays on the CPU.  One must be left, a slot free, and its
+ * buffer ready. */
 static int queue_batch(hm_loader *l) {
-  hm_slot *slot = &l->slot[l->queued % l->n_slots];
+  hm_slot *slot = slot_of(l, l->queued);
   const int64_t rows = batch_rows(l, l->queued);
-  int rc = make_tensors(l, rows, slot->tensor);
-  if (rc) return rc;
-  for (int k = 0; k < l->n; k++) slot->data[k] = hm_tensor_data(slot->tensor[k]);
+  if (!l->backend) {
+    int rc = make_tensors(l, rows, slot->tensor);
+    if (rc) return rc;
+    for (int k = 0; k < l->n; k++) slot->data[k] = hm_tensor_data(slot->tensor[k]);
+  }
   slot->first = l->queued * l->options.batch_size;
   slot->rows = rows;
   pthread_mutex_lock(&l->lock);
@@ -273,18 +331,25 @@ static int queue_batch(hm_loader *l) {
   return HM_OK;
 }
 
+/* Gives the tensors of a slot up.  An upload may still write to them: what gets their memory next comes behind it. */
+static void drop_tensors(hm_loader *l, hm_slot *slot) {
+  if (l->n > 0 && slot->tensor[0] && slot->upload) (void)l->backend->transfer_join(slot->upload);
+  release_all(slot->tensor, l->n);
+}
+
 /* Makes the worker let go of every slot, and empties them. */
-static void clear_ring(hm_loader *l) {
+static void clear_ring(hm_loader *l, int64_t first) {
   atomic_store_explicit(&l->abandon, true, memory_order_relaxed);
   pthread_mutex_lock(&l->lock);
   while (l->busy) pthread_cond_wait(&l->done, &l->lock);
   for (int i = 0; i < l->n_slots; i++) l->slot[i].state = HM_SLOT_EMPTY;
-  l->next_work = 0;
+  l->next_work = first;
   atomic_store_explicit(&l->abandon, false, memory_order_relaxed);
   pthread_mutex_unlock(&l->lock);
-  for (int i = 0; i < l->n_slots; i++) release_all(l->slot[i].tensor, l->n);
-  l->next_batch = 0;
-  l->queued = 0;
+  for (int i = 0; i < l->n_slots; i++) drop_tensors(l, &l->slot[i]);
+  l->next_batch = first;
+  l->taken = first;
+  l->queued = first;
 }
 
 /* Starts the worker, deaf to signals: those are the main thread's. */
@@ -300,26 +365,84 @@ static int start_thread(hm_loader *l) {
   return HM_OK;
 }
 
-/* Queues as many batches as there are free slots.  When memory is out, fewer lie ahead for a while: the batch that
- * next() must give is tried again there, and its failure reported. */
+/* Queues as many batches as there are slots to write to.  When memory is out, fewer lie ahead for a while: the batch
+ * that next() must give is tried again there, and its failure reported. */
 static void refill(hm_loader *l) {
-  while (l->has_thread && l->queued < l->batches && l->queued - l->next_batch < l->n_slots) {
-    if (queue_batch(l)) return;
+  bool ready;
+  while (l->has_thread && l->queued < l->batches && l->queued - l->taken < l->n_slots) {
+    if (buffer_ready(l, slot_of(l, l->queued), false, &ready) || !ready || queue_batch(l)) return;
   }
 }
 
-/* Waits until the batch at the head is ready. */
-static void await_head(hm_loader *l, hm_slot *head) {
-  pthread_mutex_lock(&l->lock);
-  while (head->state != HM_SLOT_READY) pthread_cond_wait(&l->done, &l->lock);
-  head->state = HM_SLOT_EMPTY;
-  pthread_mutex_unlock(&l->lock);
+/* Waits until a queued batch is ready, or gathers it here. */
+static void await_batch(hm_loader *l, hm_slot *slot) {
+  if (l->has_thread) {
+    pthread_mutex_lock(&l->lock);
+    while (slot->state != HM_SLOT_READY) pthread_cond_wait(&l->done, &l->lock);
+    pthread_mutex_unlock(&l->lock);
+  } else if (slot->state == HM_SLOT_QUEUED) {
+    gather(l, slot);
+    slot->state = HM_SLOT_READY;
+  }
 }
 
-int hm_loader_start(hm_loader *l, int64_t epoch) {
-  int rc = start_thread(l);
+/* Makes the tensors of a gathered batch on the GPU and begins to copy it there. */
+static int begin_upload(hm_loader *l, hm_slot *slot) {
+  int rc = make_tensors(l, slot->rows, slot->tensor);
+  if (rc || !slot->upload) return rc; /* no upload: rows without elements */
+  for (int k = 0; k < l->n; k++) {
+    const hm_tensor *t = slot->tensor[k];
+    const size_t bytes = (size_t)t->numel * (size_t)hm_dtype_size(t->dtype);
+    l->piece[k] = (hm_piece){hm_tensor_data(t), slot->data[k], bytes};
+  }
+  rc = l->backend->transfer_start(slot->upload, l->piece, l->n);
+  if (rc) release_all(slot->tensor, l->n);
+  return rc;
+}
+
+/* Turns the gathered batch `taken` into tensors.  When it fails the batch stays, to be tried again. */
+static int take_batch(hm_loader *l) {
+  hm_slot *slot = slot_of(l, l->taken);
+  const int rc = l->backend ? begin_upload(l, slot) : HM_OK;
   if (rc) return rc;
-  clear_ring(l);
+  pthread_mutex_lock(&l->lock);
+  slot->state = HM_SLOT_EMPTY;
+  pthread_mutex_unlock(&l->lock);
+  l->taken++;
+  return HM_OK;
+}
+
+/* Takes the batch that next() must give, waiting for it. */
+static int take_now(hm_loader *l) {
+  hm_slot *slot = slot_of(l, l->taken);
+  bool ready;
+  if (l->queued == l->taken) {
+    int rc = buffer_ready(l, slot, true, &ready);
+    if (!rc) rc = queue_batch(l);
+    if (rc) return rc;
+  }
+  await_batch(l, slot);
+  return take_batch(l);
+}
+
+/* For a GPU: takes the batch after it too, if it is gathered.  Where it cannot be taken next() tries again. */
+static void take_ahead(hm_loader *l) {
+  if (!l->backend || !l->has_thread || l->taken != l->next_batch || l->taken == l->queued) return;
+  pthread_mutex_lock(&l->lock);
+  const bool gathered = slot_of(l, l->taken)->state == HM_SLOT_READY;
+  pthread_mutex_unlock(&l->lock);
+  if (gathered) (void)take_batch(l);
+}
+
+int hm_loader_start(hm_loader *l, int64_t epoch, int64_t first) {
+  if (first < 0 || first > l->batches) {
+    return hm_fail(HM_ERR_ARG, "loader: an epoch has %lld batches, it cannot begin behind batch %lld",
+                   (long long)l->batches, (long long)first);
+  }
+  int rc = make_buffers(l);
+  if (!rc) rc = start_thread(l);
+  if (rc) return rc;
+  clear_ring(l, first);
   make_order(l, epoch);
   l->started = true;
   refill(l);
@@ -327,26 +450,21 @@ int hm_loader_start(hm_loader *l, int64_t epoch) {
 }
 
 int hm_loader_next(hm_loader *l, hm_tensor **out, bool *done) {
+  int rc = HM_OK;
   *done = false;
   if (!l->started) return hm_fail(HM_ERR_STATE, "loader: next was called before start");
   if (l->next_batch == l->batches) {
     *done = true;
     return HM_OK;
   }
-  hm_slot *head = &l->slot[l->next_batch % l->n_slots];
-  if (l->queued == l->next_batch) {
-    int rc = queue_batch(l);
-    if (rc) return rc;
-  }
-  if (l->has_thread) {
-    await_head(l, head);
-  } else {
-    gather(l, head);
-    head->state = HM_SLOT_EMPTY;
-  }
+  hm_slot *head = slot_of(l, l->next_batch);
+  if (l->taken == l->next_batch) rc = take_now(l);
+  if (!rc && head->upload) rc = l->backend->transfer_join(head->upload);
+  if (rc) return rc;
   memcpy(out, head->tensor, (size_t)l->n * sizeof *out);
   memset(head->tensor, 0, (size_t)l->n * sizeof *out);
   l->next_batch++;
+  take_ahead(l);
   refill(l);
   return HM_OK;
 }
@@ -379,11 +497,13 @@ static int check_tensor(hm_tensor *const *tensors, int i) {
   hm_describe(t, a, sizeof a);
   if (t->ndim < 1)
     return hm_fail(HM_ERR_SHAPE, "loader: tensor %d has no dims, it is %s: rows along dim 1 were expected", i + 1, a);
-  if (hm_tensor_device(t) != HM_CPU || !hm_is_contiguous(t)) {
-    return hm_fail(HM_ERR_ARG,
-                   "loader: tensor %d must be contiguous and on the cpu, it is %s\n  hint: cpu():contiguous()", i + 1,
-                   a);
-  }
+  if (hm_tensor_device(t) != HM_CPU)
+    return hm_fail(HM_ERR_DEVICE,
+                   "loader: tensor %d must be on the cpu, where batches are gathered, it is %s\n"
+                   "  hint: give it :cpu(); option device says where batches go",
+                   i + 1, a);
+  if (!hm_is_contiguous(t))
+    return hm_fail(HM_ERR_ARG, "loader: tensor %d must be contiguous, it is %s\n  hint: contiguous()", i + 1, a);
   if (t->shape[0] != tensors[0]->shape[0]) {
     return hm_fail(HM_ERR_SHAPE, "loader: tensors have different numbers of rows: tensor 1 is %s, tensor %d is %s",
                    hm_describe(tensors[0], b, sizeof b), i + 1, a);
@@ -405,9 +525,22 @@ static int open_source(hm_loader *l, int k, hm_tensor *t) {
   return HM_OK;
 }
 
+/* Opens the device that batches go to. */
+static int open_device(hm_loader *l) {
+  if (l->options.device == HM_CPU) return HM_OK;
+  l->backend = hm_device_backend(l->options.device);
+  if (!l->backend) return HM_ERR_DEVICE;
+  if (!l->backend->transfer_start)
+    return hm_fail(HM_ERR_UNSUPPORTED, "loader: %s has no uploads that nobody waits for",
+                   hm_device_name(l->options.device));
+  for (int k = 0; k < l->n; k++) l->pinned_bytes += part_bytes(l, k);
+  l->piece = hm_calloc((size_t)l->n * sizeof *l->piece);
+  return l->piece ? HM_OK : HM_ERR_MEMORY;
+}
+
 /* Allocates the permutation and the ring. */
 static int make_ring(hm_loader *l) {
-  l->n_slots = l->options.prefetch > 0 ? l->options.prefetch : 1;
+  l->n_slots = (l->options.prefetch > 0 ? l->options.prefetch : 1) + (l->backend ? 1 : 0);
   l->order = hm_alloc(((size_t)l->rows + 1) * sizeof *l->order);
   l->slot = hm_calloc((size_t)l->n_slots * sizeof *l->slot);
   if (!l->order || !l->slot) return HM_ERR_MEMORY;
@@ -437,6 +570,7 @@ int hm_loader_new(hm_tensor *const *tensors, int n, const hm_loader_options *opt
   rc = l->source ? HM_OK : HM_ERR_MEMORY;
   if (!rc) l->n = n;
   for (int k = 0; k < n && !rc; k++) rc = open_source(l, k, tensors[k]);
+  if (!rc) rc = open_device(l);
   if (!rc) rc = make_ring(l);
   if (rc) {
     hm_loader_free(l);
@@ -458,12 +592,14 @@ void hm_loader_free(hm_loader *l) {
     pthread_join(l->thread, NULL);
   }
   for (int i = 0; i < l->n_slots && l->slot; i++) {
-    if (l->slot[i].tensor) release_all(l->slot[i].tensor, l->n);
+    if (l->slot[i].tensor) drop_tensors(l, &l->slot[i]);
+    free_buffer(l, &l->slot[i]);
     hm_free(l->slot[i].tensor);
     hm_free(l->slot[i].data);
   }
   for (int k = 0; k < l->n; k++) hm_tensor_release(l->source[k].tensor);
   hm_free(l->slot);
+  hm_free(l->piece);
   hm_free(l->order);
   hm_free(l->source);
   pthread_cond_destroy(&l->done);

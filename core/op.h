@@ -39,6 +39,8 @@ typedef struct hm_opcall {
 int hm__infer_elementwise(hm_opcall *c);
 int hm__infer_reduce(hm_opcall *c);
 int hm__infer_reduce_index(hm_opcall *c); /* max_dim, min_dim, argmax, argmin */
+/* The shape of a reduction of operand 0 over a dims attribute, which is completed. */
+int hm__reduce_spec(hm_opcall *c, hm_attr *dims, bool keepdim);
 int hm__infer_index(hm_opcall *c);
 int hm__infer_norm(hm_opcall *c);
 int hm__infer_loss(hm_opcall *c);
@@ -47,14 +49,67 @@ int hm__infer_linear(hm_opcall *c);
 int hm__infer_linear_backward_bias(hm_opcall *c);
 int hm__infer_conv(hm_opcall *c);
 int hm__infer_conv2d_backward_bias(hm_opcall *c);
-int hm__infer_pool(hm_opcall *c);
 int hm__infer_copy(hm_opcall *c);
+/* May src be copied into x?  It must broadcast to x's shape. */
+int hm__check_copy(const hm_tensor *x, const hm_tensor *src);
 int hm__infer_fill(hm_opcall *c);
 int hm__infer_random(hm_opcall *c);
+/* infer_reduce.c */
+int hm__infer_reduce_dim(hm_opcall *c);    /* prod */
+int hm__infer_reduce_spread(hm_opcall *c); /* var, std */
+int hm__infer_reduce_norm(hm_opcall *c);   /* norm */
+int hm__infer_prod_backward(hm_opcall *c);
+int hm__infer_scan(hm_opcall *c); /* cumsum, cumprod and their gradients */
+/* infer_norm.c */
+int hm__infer_batch_norm(hm_opcall *c);
+int hm__infer_row_norm(hm_opcall *c); /* layer_norm, rms_norm */
+int hm__infer_group_norm(hm_opcall *c);
+/* infer_loss.c */
+int hm__infer_nll_loss(hm_opcall *c);
+/* infer_window.c: pools, interpolation */
+int hm__infer_pool(hm_opcall *c); /* max_pool2d, its gradient, max_pool2d_pick */
+int hm__infer_average_pool(hm_opcall *c);
+int hm__infer_adaptive_pool(hm_opcall *c);
+int hm__infer_interpolate(hm_opcall *c);
+/* Windows along one dim, for convolution and pooling. */
+typedef struct hm_window {
+  int64_t kernel, stride, padding, dilation;
+  bool ceil_mode;
+} hm_window;
+/* Spells a one-number ints attribute (the row's number `which`) out for H and W, and checks its range: at least `least`, below 2^31. */
+int hm__pair(const hm_opcall *c, hm_attr *a, int which, int64_t least);
+/* *out: how many windows dim d of x has; refuses a window that does not fit. */
+int hm__window_output(const hm_opcall *c, const hm_tensor *x, int d, const hm_window *w, int64_t *out);
+/* infer_attention.c */
+int hm__infer_attention(hm_opcall *c);
+int hm__infer_dropout(hm_opcall *c);
+/* Refuses a probability outside [0, 1] (dropout, bernoulli_). */
+int hm__check_chance(const hm_opcall *c, double p);
+/* infer_index.c */
+int hm__infer_indexing(hm_opcall *c); /* gather, index_select, index_add, scatter, scatter_add, flip and gradients */
+int hm__infer_embedding(hm_opcall *c);
+int hm__infer_one_hot(hm_opcall *c);
+int hm__infer_sort(hm_opcall *c); /* sort, topk */
+int hm__infer_triangle(hm_opcall *c);
+int hm__infer_pad(hm_opcall *c);
 /* view ops: infer makes the output tensor itself (view.c) */
 int hm__infer_view(hm_opcall *c);
 /* composites: infer runs other ops and sets out[] (composite.c); gradients are recorded for the row, not for what it ran */
 int hm__infer_composite(hm_opcall *c);
+/* its part in composite_loss.c: the second derivatives of cross_entropy */
+int hm__cross_entropy_by_g(hm_opcall *c);
+int hm__cross_entropy_by_x(hm_opcall *c);
+
+/* copy_ from a tensor on another device (composite.c): recorded as a move and a copy_ over there.  *out: a new reference to x. */
+int hm__copy_across(hm_tensor *x, hm_tensor *src, hm_tensor **out);
+
+/* ---- elementwise calls of no row (dispatch.c), for expression.c ---- */
+
+/* Stands for the backend's kernel: the operands' views have the output's shape; k->op is -1. */
+typedef int (*hm_run_fn)(void *ud, hm_opcall *c, hm_kernel_call *k);
+/* Takes a call through hm_call's stations up to the finished output (a new reference); nothing is recorded.  info: the caller's own, of the family
+ * elementwise with one output; it must live as long as the call. */
+int hm__call_with(const hm_op_info *info, const hm_arg *in, hm_run_fn run, void *ud, hm_tensor **out);
 
 /* ---- services for infer functions (dispatch.c) ---- */
 
@@ -98,6 +153,9 @@ void hm__plain_view(void *data, int dtype, int ndim, const int64_t *shape, hm_vi
 int hm__device_alloc(int device, size_t bytes, void **out);
 void hm__device_free(int device, void *data, size_t bytes);
 void hm__count_shadow_bytes(int device, int64_t delta);
+/* Pinned host memory for uploads to a device; mutator thread only.  HM_ERR_UNSUPPORTED where the device's backend has none. */
+int hm__pinned_alloc(int device, size_t bytes, void **out);
+void hm__pinned_free(int device, void *data, size_t bytes); /* no copy out of it may be under way; NULL is ignored */
 
 /* ---- shadows (shadow.c): derived copies that live with a storage, stamped with its version ---- */
 /* Key of the row-major copy of a storage in another dtype; packings use the backend's keys, which have the top bit set. */

@@ -6,25 +6,22 @@
  * data ranges that lie in the file, do not overlap and leave no hole.  Data are read on demand, straight into the
  * tensor's memory.
  *
- * Writing goes to a new file beside the target, which is flushed to the disk and renamed over it: a crash at any moment
- * leaves the old file or the new one.  Tensors are ordered by falling element size, so that every one is aligned; the
- * header is padded to 8 bytes.
+ * Writing replaces the target as a whole (file.c): a crash at any moment leaves the old file or the new one.  Tensors
+ * are ordered by falling element size, so that every one is aligned; the header is padded to 8 bytes.
  *
  * Where the system refused (HM_ERR_IO), errno is still set when the function returns.  Anything wrong with a file's
  * contents is HM_ERR_FORMAT. An open file (hm_safetensors) owns its descriptor and its table; close it with
  * hm_safetensors_close.  Mutator thread only.
  */
+#include "file.h"
 #include "op.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
                "the format is little-endian, and data are copied as they are");
@@ -65,7 +62,7 @@ typedef struct hm_st_entry {
 } hm_st_entry;
 
 struct hm_safetensors {
-  int fd;
+  hm_file file;
   char *path;
   json_t *root;        /* the header; names and metadata point into it */
   int64_t data_offset; /* of the data, in the file */
@@ -75,40 +72,6 @@ struct hm_safetensors {
   hm_pair *meta;
   int n_meta;
 };
-
-static char *copy_string(const char *text) {
-  size_t bytes = strlen(text) + 1;
-  char *copy = hm_alloc(bytes);
-  if (copy) memcpy(copy, text, bytes);
-  return copy;
-}
-
-/* Fails with the system's reason; errno survives. */
-static int fail_io(const char *op, const char *path, const char *what) {
-  int saved = errno;
-  hm_fail(HM_ERR_IO, "%s: %s: %s: %s", op, path, what, strerror(saved));
-  errno = saved;
-  return HM_ERR_IO;
-}
-
-/* Reads exactly `bytes` at `offset`. */
-static int read_fully(const hm_safetensors *f, void *dst, int64_t bytes, int64_t offset) {
-  char *p = dst;
-  while (bytes > 0) {
-    size_t want = bytes > (1 << 30) ? (size_t)1 << 30 : (size_t)bytes;
-    ssize_t got = pread(f->fd, p, want, offset);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return fail_io("safetensors", f->path, "cannot read");
-    if (got == 0) {
-      return hm_fail(HM_ERR_FORMAT, "safetensors: %s: the file ends at byte %" PRId64 ", %" PRId64 " bytes too early",
-                     f->path, offset, bytes);
-    }
-    p += got;
-    offset += got;
-    bytes -= got;
-  }
-  return HM_OK;
-}
 
 /* An integer >= 0 from the header. */
 static bool get_size(const json_t *value, int64_t *out) {
@@ -286,7 +249,7 @@ static int parse_header(hm_safetensors *f) {
 static int read_header(hm_safetensors *f, int64_t bytes) {
   char *text = hm_alloc((size_t)bytes);
   if (!text) return HM_ERR_MEMORY;
-  int rc = read_fully(f, text, bytes, 8);
+  int rc = hm__file_read(&f->file, text, bytes, 8);
   if (!rc && text[0] != '{') {
     rc = hm_fail(
         HM_ERR_FORMAT,
@@ -307,19 +270,13 @@ static int read_header(hm_safetensors *f, int64_t bytes) {
 
 /* Checks sizes, then the header. */
 static int check_file(hm_safetensors *f) {
-  struct stat st;
-  if (fstat(f->fd, &st) != 0) return fail_io("safetensors", f->path, "cannot examine");
-  if (!S_ISREG(st.st_mode)) {
-    errno = S_ISDIR(st.st_mode) ? EISDIR : EINVAL;
-    return hm_fail(HM_ERR_IO, "safetensors: %s: not a regular file", f->path);
-  }
-  int64_t size = st.st_size;
+  int64_t size = f->file.size;
   if (size < 10) {
     return hm_fail(HM_ERR_FORMAT, "safetensors: %s: the file is %" PRId64 " bytes long, too short for any header",
                    f->path, size);
   }
   uint64_t header = 0;
-  int rc = read_fully(f, &header, 8, 0);
+  int rc = hm__file_read(&f->file, &header, 8, 0);
   if (rc) return rc;
   if (header > HM_MAX_HEADER || header < 2 || (int64_t)header > size - 8) {
     return hm_fail(HM_ERR_FORMAT,
@@ -336,13 +293,10 @@ static int check_file(hm_safetensors *f) {
 int hm_safetensors_open(const char *path, hm_safetensors **out) {
   hm_safetensors *f = hm_calloc(sizeof *f);
   if (!f) return HM_ERR_MEMORY;
-  f->fd = -1;
-  f->path = copy_string(path);
-  int rc = f->path ? HM_OK : HM_ERR_MEMORY;
-  if (!rc) {
-    f->fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    rc = f->fd < 0 ? fail_io("safetensors", path, "cannot open") : check_file(f);
-  }
+  f->file.fd = -1;
+  f->path = hm__copy_string(path);
+  int rc = f->path ? hm__file_open(&f->file, "safetensors", f->path) : HM_ERR_MEMORY;
+  if (!rc) rc = check_file(f);
   if (rc) {
     int saved = errno;
     hm_safetensors_close(f);
@@ -355,7 +309,7 @@ int hm_safetensors_open(const char *path, hm_safetensors **out) {
 
 void hm_safetensors_close(hm_safetensors *f) {
   if (!f) return;
-  if (f->fd >= 0) close(f->fd);
+  hm__file_close(&f->file);
   json_decref(f->root);
   hm_free(f->entry);
   hm_free(f->meta);
@@ -384,7 +338,7 @@ static int read_to_device(const hm_safetensors *f, const hm_st_entry *e, hm_tens
   int rc = HM_OK;
   for (int64_t at = e->begin; at < e->end && !rc;) {
     int64_t bytes = e->end - at < HM_CHUNK ? e->end - at : HM_CHUNK;
-    rc = read_fully(f, buffer, bytes, f->data_offset + at);
+    rc = hm__file_read(&f->file, buffer, bytes, f->data_offset + at);
     if (!rc) rc = backend->mem_from_host((char *)hm_tensor_data(t) + (at - e->begin), buffer, (size_t)bytes, NULL);
     at += bytes;
   }
@@ -412,7 +366,7 @@ int hm_safetensors_read(hm_safetensors *f, int index, int device, hm_tensor **ou
   int rc = hm_empty(e->ndim, e->shape, e->dtype, through_cpu ? HM_CPU : device, &t);
   if (rc) return rc;
   if (hm_tensor_device(t) == HM_CPU) {
-    rc = read_fully(f, hm_tensor_data(t), e->end - e->begin, f->data_offset + e->begin);
+    rc = hm__file_read(&f->file, hm_tensor_data(t), e->end - e->begin, f->data_offset + e->begin);
     if (!rc && e->dtype == HM_BOOL) rc = check_bools(f, e, hm_tensor_data(t));
   } else {
     rc = read_to_device(f, e, t);
@@ -525,117 +479,33 @@ static int header_text(const char *path, const hm_st_plan *plan, int n, const hm
   return HM_OK;
 }
 
-static int write_fully(int fd, const char *path, const void *data, size_t bytes) {
-  const char *p = data;
-  while (bytes > 0) {
-    ssize_t put_bytes = write(fd, p, bytes > (1 << 30) ? (size_t)1 << 30 : bytes);
-    if (put_bytes < 0 && errno == EINTR) continue;
-    if (put_bytes < 0) return fail_io("safetensors", path, "cannot write");
-    p += put_bytes;
-    bytes -= (size_t)put_bytes;
-  }
-  return HM_OK;
-}
+/* What is to be written. */
+typedef struct hm_st_job {
+  const char *header;
+  size_t header_bytes;
+  const hm_st_plan *plan;
+  int n;
+} hm_st_job;
 
 /* Writes a tensor's elements in row-major order. */
-static int write_tensor(int fd, const char *path, const hm_tensor *t) {
-  size_t bytes = (size_t)tensor_bytes(t);
-  if (bytes == 0) return HM_OK;
-  if (hm_tensor_device(t) == HM_CPU && hm_is_contiguous(t)) return write_fully(fd, path, hm_tensor_data(t), bytes);
-  void *buffer = hm_alloc(bytes);
-  if (!buffer) return HM_ERR_MEMORY;
-  int rc = hm_to_host(t, buffer, t->dtype);
-  if (!rc) rc = write_fully(fd, path, buffer, bytes);
-  hm_free(buffer);
-  return rc;
-}
-
-static int write_all(int fd, const char *path, const char *header, size_t header_bytes, const hm_st_plan *plan, int n) {
-  uint64_t size = header_bytes;
-  int rc = write_fully(fd, path, &size, sizeof size);
-  if (!rc) rc = write_fully(fd, path, header, header_bytes);
-  for (int i = 0; i < n && !rc; i++) rc = write_tensor(fd, path, plan[i].tensor);
-  return rc;
-}
-
-/* Creates a file that did not exist, named after path; its name (hm_free) goes to *name.  Keeps the mode of the file it
- * will replace. */
-static int create_beside(const char *path, char **name, int *fd) {
-  size_t size = strlen(path) + 40;
-  char *text = hm_alloc(size);
-  if (!text) return HM_ERR_MEMORY;
-  struct stat st;
-  bool exists = stat(path, &st) == 0;
-  if (exists && !S_ISREG(st.st_mode)) {
-    hm_free(text);
-    errno = S_ISDIR(st.st_mode) ? EISDIR : EINVAL;
-    return hm_fail(HM_ERR_IO, "safetensors: %s: exists and is not a regular file", path);
-  }
-  *fd = -1;
-  for (int i = 0; i < 1000 && *fd < 0; i++) {
-    snprintf(text, size, "%s.tmp.%ld.%d", path, (long)getpid(), i);
-    *fd = open(text, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (*fd < 0 && errno != EEXIST) break;
-  }
-  if (*fd < 0) {
-    int rc = fail_io("safetensors", path, "cannot create a file beside it");
-    int saved = errno;
-    hm_free(text);
-    errno = saved;
-    return rc;
-  }
-  if (exists) (void)!fchmod(*fd, st.st_mode & 07777);
-  *name = text;
-  return HM_OK;
-}
-
-/* Flushes the directory that holds path, so that the rename survives a crash. */
-static int flush_directory(const char *path) {
-  char *copy = copy_string(path);
-  if (!copy) return HM_ERR_MEMORY;
-  char *slash = strrchr(copy, '/');
-  if (slash) slash[slash == copy] = 0; /* "/file" lies in "/" */
-  const char *directory = slash ? copy : ".";
-  int rc = HM_OK;
-  int fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0) {
-    rc = errno == EACCES
-             ? HM_OK
-             : fail_io("safetensors", directory, "cannot open"); /* a directory one may write to but not read */
-  } else {
-    /* some file systems cannot flush a directory, and say EINVAL */
-    if (fsync(fd) != 0 && errno != EINVAL && errno != ENOTSUP) rc = fail_io("safetensors", directory, "cannot flush");
-    int saved = errno;
-    close(fd);
-    errno = saved;
-  }
+static int write_tensor(hm_file *f, const hm_tensor *t) {
+  const void *data;
+  void *owned;
+  int rc = hm__file_rows(t, &data, &owned);
+  if (!rc) rc = hm__file_write(f, data, (size_t)tensor_bytes(t));
   int saved = errno;
-  hm_free(copy);
+  hm_free(owned);
   errno = saved;
   return rc;
 }
 
-/* Writes the file under a temporary name and moves it to path. */
-static int replace_file(const char *path, const char *header, size_t header_bytes, const hm_st_plan *plan, int n) {
-  char *name = NULL;
-  int fd = -1;
-  int rc = create_beside(path, &name, &fd);
-  if (rc) return rc;
-  rc = write_all(fd, path, header, header_bytes, plan, n);
-  if (!rc && fsync(fd) != 0) rc = fail_io("safetensors", path, "cannot flush");
-  int saved = errno;
-  if (close(fd) != 0 && !rc) {
-    rc = fail_io("safetensors", path, "cannot close");
-    saved = errno;
-  }
-  if (!rc && rename(name, path) != 0) {
-    rc = fail_io("safetensors", path, "cannot replace");
-    saved = errno;
-  }
-  if (rc) unlink(name);
-  hm_free(name);
-  errno = saved;
-  return rc ? rc : flush_directory(path);
+static int write_all(hm_file *f, void *ud) {
+  const hm_st_job *job = ud;
+  uint64_t size = job->header_bytes;
+  int rc = hm__file_write(f, &size, sizeof size);
+  if (!rc) rc = hm__file_write(f, job->header, job->header_bytes);
+  for (int i = 0; i < job->n && !rc; i++) rc = write_tensor(f, job->plan[i].tensor);
+  return rc;
 }
 
 int hm_safetensors_save(const char *path, const hm_named *entries, int n, const hm_pair *metadata, int n_metadata) {
@@ -652,11 +522,8 @@ int hm_safetensors_save(const char *path, const hm_named *entries, int n, const 
   size_t header_bytes = 0;
   int rc = header_text(path, plan, n, metadata, n_metadata, &header, &header_bytes);
   if (!rc) {
-    char *target = realpath(path, NULL); /* a link keeps pointing where it does; NULL: nothing is there yet */
-    rc = replace_file(target ? target : path, header, header_bytes, plan, n);
-    int saved = errno;
-    free(target);
-    errno = saved;
+    hm_st_job job = {header, header_bytes, plan, n};
+    rc = hm__file_replace("safetensors", path, write_all, &job);
   }
   int saved = errno;
   hm_free(header);

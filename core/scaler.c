@@ -17,7 +17,9 @@
  * Rounds.  What checks find is gathered by round: the first check of each optimizer since update() belongs to round 0,
  * the next one (after a skipped step) to round 1, and so on; checks of several optimizers in a round are one event.
  * update() hands the events to the policy in order, so that a policy hears of every skipped step, whether or not
- * update() was called after it.
+ * update() was called after it.  An optimizer that is tried again after a skipped step ends the rounds before: the
+ * policy hears of them at once, and the next loss has the new scale.  So a loop that calls update() after good steps
+ * only backs off all the same, one step late.
  *
  * The scale of gradients.  Gradients are unscaled by the scale that the last scale() used, even if set_scale() came in
  * between; without a scale() call since the last update() that had a check, by the current scale (for loops that
@@ -29,63 +31,17 @@
  * A policy that fails: update() returns HM_OK with event HM_SCALE_FAULT, the scale stays, and hm_error_message() says
  * why.
  *
+ * With `async` the same acts on tensors of a device go through scaler_late.c; what happens there is told by promises
+ * and by hm_scaler_hear.
+ *
  * Called by lua/bind through halfmoon.h, on the mutator thread only.
  */
-#include "graph.h"
-#include "optim.h"
+#include "scaler.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define HM_SCALE_LOWEST 0x1p-126
-#define HM_SCALE_HIGHEST 0x1p127
-
-/* Rounds kept apart; later ones join the last. */
-enum { HM_MAX_ROUNDS = 64 };
-
-typedef enum hm_stage { HM_STAGE_READY, HM_STAGE_UNSCALED, HM_STAGE_STEPPED, HM_STAGE_SKIPPED } hm_stage;
-
-/* What one check found. */
-typedef struct hm_finding {
-  int64_t inf_count, nan_count;
-  double sum_sq, amax; /* of unscaled finite gradients */
-  double scale;        /* the gradients were made with */
-} hm_finding;
-
-/* A culprit on its way to its place. */
-typedef struct hm_suspect {
-  uint64_t order; /* when its gradient arrived: earlier is nearer the loss */
-  hm_culprit culprit;
-} hm_suspect;
-
-/* What is kept about one optimizer. */
-typedef struct hm_checked {
-  const hm_optim *optim; /* borrowed, used as a key only */
-  hm_stage stage;
-  int round; /* that its next check belongs to */
-  hm_finding found;
-  hm_suspect *suspect; /* scratch for sorting; both arrays hold cap entries */
-  hm_culprit *culprit;
-  int n_culprits, cap;
-} hm_checked;
-
-struct hm_scaler {
-  bool enabled, allow_f16_grads;
-  double scale, min_scale, max_scale;
-  double made_with; /* the scale of the gradients at hand, while `pending` */
-  bool pending;     /* scale() was called since the last update() that had a check */
-  bool updating;    /* the policy is running */
-  int64_t step;     /* events that policies have heard of */
-  hm_policy_fn policy;
-  void *policy_ud;
-  void (*policy_drop)(void *ud);
-  hm_finding round[HM_MAX_ROUNDS];
-  int n_rounds;
-  hm_checked **checked; /* owned one by one: culprits that records point to stay where they are */
-  int n_checked, cap_checked;
-};
 
 const char *hm_scale_change_name(hm_scale_change event) {
   static const char *const names[] = {"hold", "grow", "backoff", "floor", "cap", "fault", "stop"};
@@ -126,6 +82,9 @@ int hm_scaler_new(const hm_scaler_options *options, hm_scaler **out) {
   if (!s) return HM_ERR_MEMORY;
   s->enabled = options->enabled;
   s->allow_f16_grads = options->allow_f16_grads;
+  s->async = options->async;
+  s->l.home = -1;
+  s->l.rule = (hm_scaler_rule){.alone = false, .growth = 2, .backoff = 0.5};
   s->scale = isnan(options->init_scale) ? 65536 : options->init_scale;
   int rc = set_bounds(s, options);
   if (rc) {
@@ -136,7 +95,21 @@ int hm_scaler_new(const hm_scaler_options *options, hm_scaler **out) {
   return HM_OK;
 }
 
+/* Empties a record and gives its parameters back. */
+static void detail_clear(hm_detail *d) {
+  for (int i = 0; i < d->n; i++) hm_tensor_release(d->param[i].param);
+  d->n = 0;
+  memset(d->histogram, 0, sizeof d->histogram);
+}
+
+static void detail_release(hm_detail *d) {
+  detail_clear(d);
+  hm_free(d->param);
+}
+
 static void checked_free(hm_checked *c) {
+  detail_release(&c->detail);
+  hm_promise_free(c->promise);
   hm_free(c->suspect);
   hm_free(c->culprit);
   hm_free(c);
@@ -147,25 +120,61 @@ void hm_scaler_free(hm_scaler *s) {
   hm_scaler_set_policy(s, NULL, NULL, NULL);
   for (int i = 0; i < s->n_checked; i++) checked_free(s->checked[i]);
   hm_free(s->checked);
+  for (int r = 0; r < HM_MAX_ROUNDS; r++) {
+    if (s->detail[r]) detail_release(s->detail[r]);
+    hm_free(s->detail[r]);
+  }
+  hm__late_free(s);
   hm_free(s);
 }
 
 bool hm_scaler_enabled(const hm_scaler *s) { return s->enabled; }
 
-double hm_scaler_get_scale(const hm_scaler *s) { return s->enabled ? s->scale : 1; }
+bool hm_scaler_late(const hm_scaler *s) { return s->late; }
+
+double hm_scaler_get_scale(const hm_scaler *s) { return !s->enabled ? 1 : s->late ? s->l.decided : s->scale; }
+
+int hm_scaler_read(const hm_scaler *s, double *scale, int64_t *clean) {
+  *scale = hm_scaler_get_scale(s);
+  *clean = s->l.clean;
+  if (!s->late) return HM_OK;
+  hm_scale_cell cell;
+  int rc = hm__late_read(s, &cell);
+  if (rc) return rc;
+  *scale = cell.scale;
+  *clean = cell.clean;
+  return HM_OK;
+}
+
+void hm__scaler_limits(const hm_scaler *s, double *low, double *high) {
+  *low = fmax(s->min_scale, HM_SCALE_LOWEST);
+  *high = fmin(s->max_scale, HM_SCALE_HIGHEST);
+}
 
 /* The nearest scale within the bounds. */
-static double clamp_scale(const hm_scaler *s, double scale) {
-  double low = fmax(s->min_scale, HM_SCALE_LOWEST), high = fmin(s->max_scale, HM_SCALE_HIGHEST);
+double hm__scaler_clamp(const hm_scaler *s, double scale) {
+  double low, high;
+  hm__scaler_limits(s, &low, &high);
   return scale < low ? low : scale > high ? high : scale;
 }
 
 int hm_scaler_set_scale(hm_scaler *s, double scale) {
   if (!is_scale(scale))
     return hm_fail(HM_ERR_ARG, "set_scale: the scale must be a positive finite number, got %g", scale);
-  s->scale = clamp_scale(s, scale);
+  if (s->late) return hm__late_set(s, scale);
+  s->scale = hm__scaler_clamp(s, scale);
   return HM_OK;
 }
+
+int hm_scaler_restart(hm_scaler *s, double scale, int64_t clean) {
+  if (!is_scale(scale)) return hm_fail(HM_ERR_ARG, "the scale must be a positive finite number, got %g", scale);
+  if (s->late) return hm__late_restart(s, hm__scaler_clamp(s, scale), clean);
+  s->scale = hm__scaler_clamp(s, scale);
+  s->l.clean = clean;
+  return HM_OK;
+}
+
+void hm_scaler_set_rule(hm_scaler *s, const hm_scaler_rule *rule) { s->l.rule = *rule; }
 
 void hm_scaler_bounds(const hm_scaler *s, double *min_scale, double *max_scale) {
   *min_scale = s->min_scale;
@@ -185,6 +194,11 @@ void hm_scaler_set_policy(hm_scaler *s, hm_policy_fn fn, void *ud, void (*drop)(
   if (old_drop) old_drop(old);
 }
 
+void hm_scaler_want(hm_scaler *s, bool histogram, bool per_param) {
+  s->want_histogram = histogram;
+  s->want_params = per_param;
+}
+
 int hm_scaler_scale(hm_scaler *s, hm_tensor *loss, hm_tensor **out) {
   if (hm_tensor_is_dropped(loss)) return hm_fail(HM_ERR_ARG, "scale: the tensor was released");
   if (!s->enabled) {
@@ -195,8 +209,11 @@ int hm_scaler_scale(hm_scaler *s, hm_tensor *loss, hm_tensor **out) {
     char text[128];
     return hm_fail(HM_ERR_DTYPE, "scale: a floating tensor was expected, got %s", hm_describe(loss, text, sizeof text));
   }
+  int rc = s->async ? hm__late_home(s, hm_tensor_device(loss), "scale") : HM_OK;
+  if (rc) return rc;
+  if (s->late) return hm__late_scale(s, loss, out);
   const hm_arg in[2] = {hm_t(loss), hm_f(s->scale)};
-  int rc = hm_call_as(HM_OP_MUL, in, NULL, loss->dtype == HM_F64 ? HM_F64 : HM_F32, out);
+  rc = hm_call_as(HM_OP_MUL, in, NULL, loss->dtype == HM_F64 ? HM_F64 : HM_F32, out);
   if (rc) return rc;
   s->made_with = s->scale;
   s->pending = true;
@@ -264,6 +281,11 @@ static int compare_suspects(const void *a, const void *b) {
   return (x->culprit.index > y->culprit.index) - (x->culprit.index < y->culprit.index);
 }
 
+void hm__scaler_rank(hm_suspect *suspect, int n, hm_culprit *culprit) {
+  if (n > 1) qsort(suspect, (size_t)n, sizeof *suspect, compare_suspects);
+  for (int i = 0; i < n; i++) culprit[i] = suspect[i].culprit;
+}
+
 /* Sums up what the backend wrote about n items and lists the culprits. */
 static void gather_findings(hm_checked *c, const hm_optim *o, const hm_multi_stat *stat, int n, double scale) {
   hm_finding found = {.scale = scale};
@@ -278,10 +300,55 @@ static void gather_findings(hm_checked *c, const hm_optim *o, const hm_multi_sta
     hm_tensor *param = hm_optim_param(o, index);
     c->suspect[bad++] = (hm_suspect){hm__grad_order(param), {param, index, stat[i].inf_count, stat[i].nan_count}};
   }
-  if (bad > 1) qsort(c->suspect, (size_t)bad, sizeof *c->suspect, compare_suspects);
-  for (int i = 0; i < bad; i++) c->culprit[i] = c->suspect[i].culprit;
+  hm__scaler_rank(c->suspect, bad, c->culprit);
   c->n_culprits = bad;
   c->found = found;
+}
+
+/* Room for n more parameters. */
+static int detail_reserve(hm_detail *d, int n) {
+  if (d->n + n <= d->cap) return HM_OK;
+  void *param = hm_realloc(d->param, (size_t)(d->n + n) * sizeof *d->param);
+  if (!param) return HM_ERR_MEMORY;
+  d->param = param;
+  d->cap = d->n + n;
+  return HM_OK;
+}
+
+/* Makes room for what is wanted of the next check of c, in its own record and in its round's. */
+static int prepare_detail(hm_scaler *s, hm_checked *c, int n) {
+  if (!s->want_histogram && !s->want_params) return HM_OK;
+  detail_clear(&c->detail);
+  const int r = c->round < HM_MAX_ROUNDS ? c->round : HM_MAX_ROUNDS - 1;
+  if (!s->detail[r]) s->detail[r] = hm_calloc(sizeof *s->detail[r]);
+  if (!s->detail[r]) return HM_ERR_MEMORY;
+  if (!s->want_params) return HM_OK;
+  int rc = detail_reserve(&c->detail, n);
+  return rc ? rc : detail_reserve(s->detail[r], n);
+}
+
+/* Takes down the details of a check: n items; histogram: of each item, or NULL. */
+static void gather_detail(hm_scaler *s, hm_checked *c, const hm_optim *o, const hm_multi_stat *stat,
+                          const int64_t *histogram, int n) {
+  hm_detail *d = &c->detail;
+  for (int64_t i = 0; histogram && i < (int64_t)n * HM_HISTOGRAM; i++) d->histogram[i % HM_HISTOGRAM] += histogram[i];
+  for (int i = 0; s->want_params && i < n; i++) {
+    const int index = hm__optim_item_param(o, i);
+    d->param[d->n++] = (hm_param_finding){hm_tensor_retain(hm_optim_param(o, index)),
+                                          index,
+                                          stat[i].inf_count,
+                                          stat[i].nan_count,
+                                          stat[i].amax,
+                                          sqrt(stat[i].sum_sq)};
+  }
+}
+
+/* Moves what is in one record to another, which has room. */
+static void detail_move(hm_detail *to, hm_detail *from) {
+  for (int b = 0; b < HM_HISTOGRAM; b++) to->histogram[b] += from->histogram[b];
+  for (int i = 0; i < from->n; i++) to->param[to->n++] = from->param[i];
+  from->n = 0;
+  detail_clear(from);
 }
 
 static bool found_inf(const hm_finding *f) { return f->inf_count + f->nan_count > 0; }
@@ -297,11 +364,12 @@ static void join_round(hm_scaler *s, hm_checked *c) {
   s->round[r].nan_count += c->found.nan_count;
   s->round[r].sum_sq += c->found.sum_sq;
   s->round[r].amax = fmax(s->round[r].amax, c->found.amax);
+  if (s->detail[r] && (s->want_histogram || s->want_params)) detail_move(s->detail[r], &c->detail);
   c->round = r + 1;
 }
 
 /* Float16 gradients have lost what scaling was to save; they are refused unless the user insists. */
-static int refuse_f16(const hm_scaler *s, const hm_optim *o, int n) {
+int hm__scaler_refuse_f16(const hm_scaler *s, const hm_optim *o, int n) {
   if (s->allow_f16_grads) return HM_OK;
   for (int i = 0; i < n; i++) {
     if (hm__optim_item_grad(o, i)->dtype != HM_F16) continue;
@@ -320,20 +388,105 @@ static int refuse_f16(const hm_scaler *s, const hm_optim *o, int n) {
  */
 static int check_gradients(hm_scaler *s, hm_optim *o, hm_checked *c, hm_multi_op op, int *n) {
   const hm_multi_stat *stat = NULL;
+  const int64_t *histogram = NULL;
   double scale = gradient_scale(s);
   int rc = hm__optim_collect(o, n);
   if (rc || *n == 0) return rc;
-  rc = refuse_f16(s, o, *n);
-  if (!rc) rc = hm__optim_run(o, op, 1 / scale, 1, &stat);
-  if (!rc) gather_findings(c, o, stat, *n, scale);
-  return rc;
+  rc = hm__scaler_refuse_f16(s, o, *n);
+  if (!rc) rc = prepare_detail(s, c, *n);
+  if (!rc && s->want_histogram) rc = hm__optim_count(o, op, 1 / scale, &stat, &histogram);
+  else if (!rc) rc = hm__optim_run(o, op, 1 / scale, 1, &stat);
+  if (rc) return rc;
+  gather_findings(c, o, stat, *n, scale);
+  gather_detail(s, c, o, stat, histogram, *n);
+  return HM_OK;
 }
+
+/* ====== Asking the policy ====== */
+
+hm_scale_change hm__scaler_change(double old, double wanted, double now) {
+  if (wanted < now) return HM_SCALE_FLOOR;
+  if (wanted > now) return HM_SCALE_CAP;
+  return now > old ? HM_SCALE_GROW : now < old ? HM_SCALE_BACKOFF : HM_SCALE_HOLD;
+}
+
+int hm__scaler_ask(hm_scaler *s, const hm_finding *f, const hm_detail *d, int64_t step, double scale, double *wanted,
+                   const char **stop) {
+  hm_scaler_event event = {
+      .found_inf = found_inf(f),
+      .inf_count = f->inf_count,
+      .nan_count = f->nan_count,
+      .step = step,
+      .scale = f->scale,
+      .amax = f->amax,
+      .norm = sqrt(f->sum_sq),
+      .histogram = d && s->want_histogram ? d->histogram : NULL,
+      .param = d && s->want_params ? d->param : NULL,
+      .n_params = d && s->want_params ? d->n : 0,
+  };
+  const double now = scale;
+  int rc = s->policy(s->policy_ud, &event, &scale, stop);
+  if (rc) return rc;
+  if (!is_scale(scale)) {
+    return hm_fail(HM_ERR_CALLBACK,
+                   "update: the policy asked for the scale %g: a positive finite number was expected\n"
+                   "  the scale stays at %g",
+                   scale, now);
+  }
+  *wanted = scale;
+  return HM_OK;
+}
+
+/* Hands every round to the policy.  The first stop message is kept in s->why. */
+static hm_scale_change run_policy(hm_scaler *s) {
+  double old = s->scale, wanted = s->scale;
+  bool fault = s->early == HM_SCALE_FAULT, stopped = s->early == HM_SCALE_STOP;
+  s->updating = true;
+  for (int r = 0; r < s->n_rounds; r++) {
+    const char *stop = NULL;
+    s->step++;
+    if (!s->policy) continue;
+    if (hm__scaler_ask(s, &s->round[r], s->detail[r], s->step, s->scale, &wanted, &stop)) {
+      fault = true;
+      wanted = s->scale;
+    } else {
+      s->scale = hm__scaler_clamp(s, wanted);
+    }
+    if (stop && !stopped) {
+      stopped = true;
+      snprintf(s->why, sizeof s->why, "%s", stop);
+    }
+  }
+  s->updating = false;
+  if (stopped) return HM_SCALE_STOP;
+  return fault ? HM_SCALE_FAULT : hm__scaler_change(old, wanted, s->scale);
+}
+
+/* No rounds are kept any more. */
+static void clear_rounds(hm_scaler *s) {
+  for (int i = 0; i < s->n_checked; i++) s->checked[i]->round = 0;
+  for (int r = 0; r < s->n_rounds; r++)
+    if (s->detail[r]) detail_clear(s->detail[r]);
+  s->n_rounds = 0;
+}
+
+/* An optimizer that skipped a step is tried again without update(): the rounds before are over, and the policy hears
+ * of them now.  What goes wrong there, update() reports. */
+static void tell_early(hm_scaler *s, const hm_checked *c) {
+  if (c->stage != HM_STAGE_SKIPPED || s->n_rounds == 0 || s->updating) return;
+  const hm_scale_change event = run_policy(s);
+  if (event == HM_SCALE_FAULT || event == HM_SCALE_STOP) s->early = event;
+  clear_rounds(s);
+}
+
+/* ====== unscale_ ====== */
 
 int hm_scaler_unscale(hm_scaler *s, hm_optim *o) {
   if (!s->enabled) return HM_OK;
   hm_checked *c = NULL;
   int n = 0;
   int rc = get_checked(s, o, &c);
+  if (!rc && s->late) rc = hm__late_settle_stage(c);
   if (rc) return rc;
   if (c->stage == HM_STAGE_UNSCALED) {
     return hm_fail(HM_ERR_STATE, "unscale_() has already been called on this optimizer since the last update().\n"
@@ -342,6 +495,21 @@ int hm_scaler_unscale(hm_scaler *s, hm_optim *o) {
   if (c->stage == HM_STAGE_STEPPED) {
     return hm_fail(HM_ERR_STATE,
                    "unscale_() is being called after step().\n  hint: the order is unscale_(), step(), update()");
+  }
+  if (s->async) {
+    rc = hm__optim_collect(o, &n);
+    if (!rc && n) rc = hm__late_home(s, hm__optim_device(o), "unscale_");
+    if (rc || n == 0) return rc;
+  }
+  if (s->late) {
+    rc = hm__late_check(s, o, c, HM_MULTI_UNSCALE, n);
+    if (!rc) c->stage = HM_STAGE_UNSCALED;
+    return rc;
+  }
+  if (c->stage == HM_STAGE_SKIPPED) {
+    rc = hm__optim_collect(o, &n);
+    if (rc || n == 0) return rc;
+    tell_early(s, c);
   }
   rc = check_gradients(s, o, c, HM_MULTI_UNSCALE, &n);
   if (rc || n == 0) return rc;
@@ -439,6 +607,7 @@ int hm_scaler_step(hm_scaler *s, hm_optim *o, double max_norm, hm_step_record *r
   hm_checked *c = NULL;
   int n = 0;
   int rc = get_checked(s, o, &c);
+  if (!rc && s->late) rc = hm__late_settle_stage(c);
   if (rc) return rc;
   if (c->stage == HM_STAGE_STEPPED) {
     return hm_fail(
@@ -450,100 +619,63 @@ int hm_scaler_step(hm_scaler *s, hm_optim *o, double max_norm, hm_step_record *r
   if (n == 0) {
     /* gradients cleared after unscale_: its check still counts, the next ones begin a new round */
     if (c->stage == HM_STAGE_UNSCALED) c->stage = HM_STAGE_SKIPPED;
-    *record = (hm_step_record){.empty = true, .scale = gradient_scale(s)};
+    *record = (hm_step_record){.empty = true, .scale = s->late ? NAN : gradient_scale(s)};
     return HM_OK;
   }
+  if (s->async) rc = hm__late_home(s, hm__optim_device(o), "step");
+  if (rc) return rc;
+  if (s->late) return hm__late_step(s, o, c, max_norm, n, record);
+  tell_early(s, c);
   return c->stage == HM_STAGE_UNSCALED ? step_unscaled(o, c, max_norm, record) : step_scaled(s, o, c, max_norm, record);
 }
 
 /* ====== update ====== */
 
-/* The event that tells how the scale moved when `wanted` was asked for and `now` came of it. */
-static hm_scale_change change_of(double old, double wanted, double now) {
-  if (wanted < now) return HM_SCALE_FLOOR;
-  if (wanted > now) return HM_SCALE_CAP;
-  return now > old ? HM_SCALE_GROW : now < old ? HM_SCALE_BACKOFF : HM_SCALE_HOLD;
+bool hm_scaler_checked(const hm_scaler *s, const hm_optim *o, hm_step_record *record) {
+  const hm_checked *c = find_checked(s, o);
+  if (s->late || !c || c->stage == HM_STAGE_READY) return false;
+  *record = make_record(c, c->stage == HM_STAGE_STEPPED);
+  return true;
 }
 
-/* Asks the policy about one round.  *wanted is the scale it wants; a policy that fails leaves a message. */
-static int ask_policy(hm_scaler *s, const hm_finding *f, double *wanted, const char **stop) {
-  hm_scaler_event event = {
-      .found_inf = found_inf(f),
-      .inf_count = f->inf_count,
-      .nan_count = f->nan_count,
-      .step = s->step,
-      .scale = f->scale,
-      .amax = f->amax,
-      .norm = sqrt(f->sum_sq),
-  };
-  double scale = s->scale;
-  int rc = s->policy(s->policy_ud, &event, &scale, stop);
-  if (rc) return rc;
-  if (!is_scale(scale)) {
-    return hm_fail(HM_ERR_CALLBACK,
-                   "update: the policy asked for the scale %g: a positive finite number was expected\n"
-                   "  the scale stays at %g",
-                   scale, s->scale);
-  }
-  *wanted = scale;
-  return HM_OK;
-}
-
-/* Hands every round to the policy.  The first stop message is copied into `why` (size bytes). */
-static hm_scale_change run_policy(hm_scaler *s, char *why, size_t size) {
-  double old = s->scale, wanted = s->scale;
-  bool fault = false, stopped = false;
-  for (int r = 0; r < s->n_rounds; r++) {
-    const char *stop = NULL;
-    s->step++;
-    if (!s->policy) continue;
-    if (ask_policy(s, &s->round[r], &wanted, &stop)) {
-      fault = true;
-      wanted = s->scale;
-    } else {
-      s->scale = clamp_scale(s, wanted);
-    }
-    if (stop && !stopped) {
-      stopped = true;
-      snprintf(why, size, "%s", stop);
-    }
-  }
-  if (stopped) return HM_SCALE_STOP;
-  return fault ? HM_SCALE_FAULT : change_of(old, wanted, s->scale);
+void hm_scaler_assume(hm_scaler *s, double scale) {
+  s->made_with = scale;
+  s->pending = true;
 }
 
 /* All optimizers are READY again.  Gradients that no one has looked at yet keep their scale. */
 static void begin_step(hm_scaler *s) {
-  for (int i = 0; i < s->n_checked; i++) {
-    s->checked[i]->stage = HM_STAGE_READY;
-    s->checked[i]->round = 0;
-  }
+  for (int i = 0; i < s->n_checked; i++) s->checked[i]->stage = HM_STAGE_READY;
   if (s->n_rounds) s->pending = false;
-  s->n_rounds = 0;
+  clear_rounds(s);
+  s->early = HM_SCALE_HOLD;
+  if (s->late) hm__late_begin_step(s);
 }
 
 int hm_scaler_update(hm_scaler *s, double new_scale, hm_update_record *record) {
   if (!s->enabled) {
-    *record = (hm_update_record){1, 1, HM_SCALE_HOLD};
+    *record = (hm_update_record){1, 1, HM_SCALE_HOLD, 0};
     return HM_OK;
   }
   if (new_scale != 0 && !is_scale(new_scale)) {
     return hm_fail(HM_ERR_ARG, "update: new_scale must be a positive finite number, got %g", new_scale);
   }
   if (s->updating) return hm_fail(HM_ERR_STATE, "update: called by the scaler's own policy");
-  char why[512] = "";
+  if (s->late) {
+    int rc = hm__late_update(s, new_scale, record);
+    begin_step(s);
+    return rc;
+  }
   double old = s->scale;
   hm_scale_change event;
   if (new_scale != 0) {
     s->step += s->n_rounds;
-    s->scale = clamp_scale(s, new_scale);
-    event = change_of(old, new_scale, s->scale);
+    s->scale = hm__scaler_clamp(s, new_scale);
+    event = s->early == HM_SCALE_STOP ? HM_SCALE_STOP : hm__scaler_change(old, new_scale, s->scale);
   } else {
-    s->updating = true;
-    event = run_policy(s, why, sizeof why);
-    s->updating = false;
+    event = run_policy(s);
   }
   begin_step(s);
-  *record = (hm_update_record){old, s->scale, event};
-  return event == HM_SCALE_STOP ? hm_fail(HM_ERR_CALLBACK, "%s", why) : HM_OK;
+  *record = (hm_update_record){old, s->scale, event, 0};
+  return event == HM_SCALE_STOP ? hm_fail(HM_ERR_CALLBACK, "%s", s->why) : HM_OK;
 }

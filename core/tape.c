@@ -5,17 +5,35 @@
  * (need_in, need_out of the row).  Accumulators stand for leaves: they own the leaf, the leaf only borrows its accumulator, so neither
  * outlives the graphs that use it.  autograd.c walks what is made here.
  */
+#include <stdio.h>
 #include <string.h>
 
 #include "hook.h"
+#include "recompute.h"
 #include "tape.h"
 
 static uint64_t next_seq = 1; /* mutator thread only */
+static hm_trace_fn trace;
+
+void hm_set_trace(hm_trace_fn fn) { trace = fn; }
 
 /* ====== Freeing ====== */
 
 static hm_node *dying; /* nodes with no references left, linked through `visit`; mutator thread only */
 static bool draining;
+
+/* Lets go what the node's region computed again for one of its lists. */
+static void forget(const hm_node *n, const hm_saved *list, int count) {
+  for (int i = 0; list && i < count; i++)
+    if ((int)list[i].arg.kind == HM_ARG_LATER) hm__region_forget(n->region, (int)list[i].arg.i);
+}
+
+void hm__node_forget(hm_node *n) {
+  if (!n->region || n->again) return;
+  forget(n, n->in, n->n_in);
+  forget(n, n->out, n->n_out);
+  if (n->custom) forget(n, n->custom->saved, n->custom->n_saved);
+}
 
 static void free_saved(hm_saved *list, int n) {
   for (int i = 0; list && i < n; i++) {
@@ -26,8 +44,12 @@ static void free_saved(hm_saved *list, int n) {
 
 void hm__node_free_saved(hm_node *n) {
   if (n->in || n->out || n->custom) n->freed = true;
+  hm__node_forget(n);
   free_saved(n->in, n->n_in);
   free_saved(n->out, n->n_out);
+  if (n->custom) free_saved(n->custom->saved, n->custom->n_saved);
+  hm_region_release(n->region);
+  n->region = NULL;
   if (n->custom && n->custom->drop) {
     void (*drop)(void *ud) = n->custom->drop;
     n->custom->drop = NULL;
@@ -39,7 +61,9 @@ static void free_node(hm_node *n) {
   hm__node_free_saved(n);
   for (int i = 0; i < n->n_in; i++) hm__node_release(n->edge[i].node);
   if (n->hooks) hm__hooks_free(&n->hooks);
+  if (n->custom) hm_free(n->custom->saved);
   hm_free(n->custom);
+  hm_free(n->trace);
   if (n->leaf) {
     n->leaf->accumulator = NULL;
     hm_tensor_release(n->leaf);
@@ -80,8 +104,8 @@ static hm_node *new_node(int op, int n_in, int n_out, bool save_in, bool save_ou
   p += sizeof(hm_node);
   atomic_init(&n->refs, 1);
   n->op = op;
-  n->n_in = (uint8_t)n_in;
-  n->n_out = (uint8_t)n_out;
+  n->n_in = (uint16_t)n_in;
+  n->n_out = (uint16_t)n_out;
   n->seq = next_seq++;
   n->edge = (hm_edge *)p;
   p += edges;
@@ -120,8 +144,23 @@ int hm__grad_target(hm_tensor *t, hm_node **out) {
   return HM_OK;
 }
 
+int hm__lend(const hm_edge *e, hm_node **out) {
+  hm_node *n = new_node(HM_OP_CAST, 1, 1, false, false, 0);
+  if (!n) return HM_ERR_MEMORY;
+  n->lent = true;
+  n->edge[0] = *e;
+  hm__node_retain(e->node);
+  *out = n;
+  return HM_OK;
+}
+
 /* An edge to what made t; its node stays NULL if t wants no gradient, or `wanted` is false. */
 static int make_edge(hm_edge *e, hm_tensor *t, bool wanted, bool f32) {
+  if (t->node && t->node->lent) {
+    *e = t->node->edge[0];
+    e->node = wanted ? hm__node_retain(e->node) : NULL;
+    return HM_OK;
+  }
   e->nr = t->node ? t->out_nr : 0;
   e->dtype = f32 && (t->dtype == HM_F16 || t->dtype == HM_BF16) ? HM_F32 : t->dtype;
   e->ndim = t->ndim;
@@ -130,9 +169,28 @@ static int make_edge(hm_edge *e, hm_tensor *t, bool wanted, bool f32) {
   return wanted ? hm__grad_target(t, &e->node) : HM_OK;
 }
 
-/* Keeps an operand.  A tensor is kept as an alias without graph: release() on the user's own tensor then leaves the graph whole, and a node
- * never owns itself through its output. */
-static int save(hm_saved *s, const hm_arg *a) {
+/* A weight as it is: it lives on anyway, so a region need not compute it again. */
+static bool is_leaf_itself(const hm_arg *a, const hm_tensor *src) {
+  return a->t == src && src->requires_grad && !src->node;
+}
+
+/* Leaves an operand to the region that is open. */
+static int save_later(hm_node *n, hm_saved *s, const hm_keepsake *k) {
+  hm_region *r = hm_mode_current()->region;
+  int index;
+  const int status = hm__region_keep(r, k, &index);
+  if (status) return status;
+  s->arg = (hm_arg){(hm_arg_kind)HM_ARG_LATER, {.i = index}};
+  n->again = hm__region_again(r);
+  if (!n->region) n->region = hm__region_retain(r);
+  return HM_OK;
+}
+
+/* Keeps an operand, for node n.  A tensor is kept as an alias without graph: release() on the user's own tensor then leaves the graph whole,
+ * and a node never owns itself through its output.  src: what the caller gave, where the operand was made of it. */
+static int save(hm_node *n, hm_saved *s, const char *name, const hm_arg *a, const hm_tensor *src) {
+  if (a->kind == HM_ARG_TENSOR && hm_mode_current()->region && !is_leaf_itself(a, src))
+    return save_later(n, s, &(hm_keepsake){hm__node_name(n), name, a->t, hm_tensor_version(src)});
   s->arg = *a;
   if (a->kind != HM_ARG_TENSOR) return HM_OK;
   s->version = hm_tensor_version(a->t);
@@ -174,17 +232,21 @@ static void needed_masks(const hm_opcall *c, uint32_t *in, uint32_t *out) {
   }
 }
 
-/* An op that autocast ran in low precision, in a region that asks for float32 gradients. */
+/* An op that computed in low precision or read operands that are, in a region that asks for float32 gradients. */
 static bool wants_f32_backward(const hm_opcall *c) {
   const hm_mode *mode = hm_mode_current();
-  return mode->autocast && mode->backward_dtype == HM_F32 && (c->dtype == HM_F16 || c->dtype == HM_BF16);
+  if (!mode->autocast || mode->backward_dtype != HM_F32) return false;
+  bool low = c->dtype == HM_F16 || c->dtype == HM_BF16;
+  for (int i = 0; i < c->info->n_in && !low; i++)
+    low = c->src[i].kind == HM_ARG_TENSOR && (c->src[i].t->dtype == HM_F16 || c->src[i].t->dtype == HM_BF16);
+  return low;
 }
 
 static int save_outputs(const hm_opcall *c, hm_node *n, uint32_t mask) {
   for (int i = 0; i < c->info->n_out; i++) {
     if (!(mask >> i & 1)) continue;
     const hm_arg a = hm_t(c->out[i]);
-    const int status = save(&n->out[i], &a);
+    const int status = save(n, &n->out[i], c->info->out[i].name, &a, c->out[i]);
     if (status) return status;
   }
   return HM_OK;
@@ -199,17 +261,34 @@ static int hang(hm_tensor *t, hm_node *n, int nr) {
   return t->retains_grad ? hm__retain_grad_moved(t) : HM_OK;
 }
 
+/* Under detect_anomaly: notes where the node is recorded; in a walk, which op's backward records it. */
+static void note_trace(hm_node *n) {
+  if (!hm_mode_current()->anomaly) return;
+  const hm_node *running = hm__running_node();
+  if (!running) {
+    n->trace = trace ? trace() : NULL;
+    return;
+  }
+  const char *name = hm__node_name(running),
+             *place = running->trace ? running->trace : "recorded outside detect_anomaly";
+  static const char form[] = "%s\n  in the backward of %s";
+  const size_t size = sizeof form + strlen(name) + strlen(place);
+  n->trace = hm_alloc(size);
+  if (n->trace) snprintf(n->trace, size, form, place, name);
+}
+
 int hm__record(hm_opcall *c) {
   uint32_t in, out;
   needed_masks(c, &in, &out);
   hm_node *n = new_node(c->op, c->info->n_in, c->info->n_out, in != 0, out != 0, c->info->n_attr);
   if (!n) return HM_ERR_MEMORY;
   n->backward_f32 = wants_f32_backward(c);
+  note_trace(n);
   int status = HM_OK;
   for (int i = 0; i < c->info->n_in && !status; i++) {
     const bool wanted = (c->info->diff_in >> i & 1) || !c->info->differentiable; /* a dead end leads to all */
     if (c->src[i].kind == HM_ARG_TENSOR) status = make_edge(&n->edge[i], c->src[i].t, wanted, n->backward_f32);
-    if (!status && (in >> i & 1)) status = save(&n->in[i], &c->in[i]);
+    if (!status && (in >> i & 1)) status = save(n, &n->in[i], c->info->in[i].name, &c->in[i], c->src[i].t);
   }
   if (n->attr) memcpy(n->attr, c->attr, sizeof(hm_attr) * (size_t)c->info->n_attr);
   if (!status) status = save_outputs(c, n, out);
@@ -255,44 +334,86 @@ int hm__node_saved(const hm_node *n, hm_tensor **list, int max) {
 
 /* ====== Custom functions ====== */
 
-static int record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out,
-                         hm_custom *custom) {
-  if (n_in > UINT8_MAX || n_out > UINT8_MAX)
-    return hm_fail(HM_ERR_ARG, "%s: a function takes at most %d tensors and returns at most as many", name, UINT8_MAX);
-  hm_node *n = new_node(HM_NODE_CUSTOM, n_in, n_out, false, false, 0);
-  if (!n) return HM_ERR_MEMORY;
+static int16_t role_of(const hm_tensor *t, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out) {
+  for (int i = 0; i < n_in; i++)
+    if (in[i] == t) return (int16_t)(i + 1);
+  for (int i = 0; i < n_out; i++)
+    if (out[i] == t) return (int16_t)(-1 - i);
+  return 0;
+}
+
+static int save_custom(hm_node *n, hm_custom *custom, const hm_custom_options *o, hm_tensor *const *in,
+                       hm_tensor *const *out) {
+  if (o->n_save == 0) return HM_OK;
+  custom->saved = hm_calloc((sizeof *custom->saved + sizeof *custom->role) * (size_t)o->n_save);
+  if (!custom->saved) return HM_ERR_MEMORY;
+  custom->role = (int16_t *)(custom->saved + o->n_save);
+  for (; custom->n_saved < o->n_save; custom->n_saved++) {
+    const int i = custom->n_saved;
+    const hm_arg a = hm_t(o->save[i]);
+    int16_t role = role_of(o->save[i], in, n->n_in, out, n->n_out);
+    if (role < 0 && ((o->plain && o->plain[-1 - role]) || !hm_dtype_is_float(o->save[i]->dtype))) role = 0;
+    custom->role[i] = role;
+    const int status = save(n, &custom->saved[i], "a saved tensor", &a, o->save[i]);
+    if (status) return status;
+  }
+  return HM_OK;
+}
+
+static int record_custom(hm_node *n, hm_tensor *const *in, hm_tensor *const *out, const hm_custom_options *o) {
+  const char *name = n->custom->name;
   int status = HM_OK;
-  for (int i = 0; i < n_in && !status; i++) status = make_edge(&n->edge[i], in[i], true, false);
-  for (int i = 0; i < n_out && !status; i++) {
+  for (int i = 0; i < n->n_in && !status; i++) status = make_edge(&n->edge[i], in[i], true, false);
+  for (int i = 0; i < n->n_out && !status; i++) {
     if (out[i]->node || out[i]->requires_grad)
       status = hm_fail(HM_ERR_STATE, "%s: output %d already has a graph\n  hint: compute outputs inside hm.no_grad",
                        name, i + 1);
   }
-  for (int i = 0; i < n_out && !status; i++)
-    if (hm_dtype_is_float(out[i]->dtype)) status = hang(out[i], n, i);
-  if (!status) n->custom = custom;
-  hm__node_release(n);
+  if (!status) status = save_custom(n, n->custom, o, in, out);
+  for (int i = 0; i < n->n_out && !status; i++)
+    if (hm_dtype_is_float(out[i]->dtype) && !(o->plain && o->plain[i])) status = hang(out[i], n, i);
+  return status;
+}
+
+static int new_custom(const char *name, int n_in, int n_out, hm_node **out) {
+  enum { MOST = INT16_MAX / 2 }; /* role_of() numbers them all */
+  if (n_in > MOST || n_out > MOST)
+    return hm_fail(HM_ERR_ARG, "%s: a function takes at most %d tensors and returns at most as many", name, (int)MOST);
+  const size_t length = strlen(name) + 1;
+  hm_node *n = new_node(HM_NODE_CUSTOM, n_in, n_out, false, false, 0);
+  hm_custom *custom = n ? hm_calloc(sizeof *custom + length) : NULL;
+  if (!custom) {
+    hm_free(n);
+    return HM_ERR_MEMORY;
+  }
+  memcpy(custom->name, name, length);
+  n->custom = custom;
+  note_trace(n);
+  *out = n;
+  return HM_OK;
+}
+
+int hm_record_custom_with(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out,
+                          const hm_custom_options *options, hm_custom_fn fn, void *ud, void (*drop)(void *ud)) {
+  bool wanted = false;
+  for (int i = 0; i < n_in; i++) wanted = wanted || in[i]->requires_grad;
+  hm_node *n = NULL;
+  int status = HM_OK;
+  if (wanted && hm_mode_current()->grad) status = new_custom(name, n_in, n_out, &n);
+  if (n) {
+    n->custom->fn = fn;
+    n->custom->ud = ud;
+    status = record_custom(n, in, out, options);
+    if (!status) n->custom->drop = drop;
+    else n->freed = true; /* ud goes now */
+    hm__node_release(n);  /* the outputs hold it */
+    if (!status) return HM_OK;
+  }
+  if (drop) drop(ud);
   return status;
 }
 
 int hm_record_custom(const char *name, hm_tensor *const *in, int n_in, hm_tensor *const *out, int n_out,
                      hm_custom_fn fn, void *ud, void (*drop)(void *ud)) {
-  bool wanted = false;
-  for (int i = 0; i < n_in; i++) wanted = wanted || in[i]->requires_grad;
-  int status = HM_OK;
-  if (wanted && hm_mode_current()->grad) {
-    const size_t length = strlen(name) + 1;
-    hm_custom *custom = hm_alloc(sizeof *custom + length);
-    if (custom) {
-      custom->fn = fn;
-      custom->ud = ud;
-      custom->drop = drop;
-      memcpy(custom->name, name, length);
-      status = record_custom(name, in, n_in, out, n_out, custom);
-      if (!status) return HM_OK;
-      hm_free(custom);
-    } else status = HM_ERR_MEMORY;
-  }
-  if (drop) drop(ud);
-  return status;
+  return hm_record_custom_with(name, in, n_in, out, n_out, &(hm_custom_options){0}, fn, ud, drop);
 }

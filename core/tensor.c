@@ -56,6 +56,8 @@ static void spare_put(spares *list, void *p) {
   list->n++;
 }
 
+int64_t hm__spare_structs(void) { return (int64_t)spare_tensors.n + spare_storages.n; }
+
 /* Drops one reference; true for the last.  A sole owner needs no atomic subtraction: nobody else can be counting. */
 static bool last_reference(_Atomic int32_t *refs) {
   if (atomic_load_explicit(refs, memory_order_acquire) == 1) return true;

@@ -28,7 +28,7 @@ int hm_kernel_compile(int device, const char *source, const char *name, hm_kerne
   if (!k) return HM_ERR_MEMORY;
   *k = (hm_kernel){.device = device, .backend = backend};
   memcpy(k->name, name, length);
-  const int status = backend->user_compile(device - 1, source, name, &k->kernel);
+  const int status = backend->user_compile(device - 1, source, name, false, &k->kernel);
   if (status) hm_free(k);
   else *out = k;
   return status;

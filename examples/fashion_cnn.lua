@@ -3,6 +3,7 @@
 --     build/halfmoon examples/fashion_cnn.lua --dtype f16 --epochs 3
 --     build/halfmoon examples/fashion_cnn.lua --dtype bf16 --epochs 5 --save build/cnn.safetensors
 --     build/halfmoon examples/fashion_cnn.lua --dtype f16 --policy examples/policies/cautious.lua
+--     build/halfmoon examples/fashion_cnn.lua --dtype bf16 --device cuda
 --
 -- Read it from top to bottom: the network, one epoch of training, the test, a whole run, the command line.
 
@@ -96,21 +97,22 @@ end
 local function loader_of(dataset, opt, train)
   if opt.limit > 0 then dataset = dataset:slice(1, math.min(opt.limit, #dataset)) end
   return data.DataLoader {
-    dataset, batch_size = opt.batch, shuffle = train, seed = opt.seed, drop_last = train,
+    dataset, batch_size = opt.batch, shuffle = train, seed = opt.seed, drop_last = train, device = opt.device,
     normalize = {mean = 0.2860, std = 0.3530}, -- of the training images
   }
 end
 
 --- Trains one network.  sets: {train =, test =} data sets; opt: the values of the command line.
 local function train(dtype, sets, opt)
+  local memory = opt.device == "cpu" and hm.cpu or hm.cuda -- of the tensors
   collectgarbage() -- what the last run left behind is not this one's memory
-  hm.cpu.trim()
-  hm.cpu.reset_peak()
-  local before = hm.cpu.memory_stats().live
+  memory.trim(opt.device)
+  memory.reset_peak(opt.device)
+  local before = memory.memory_stats(opt.device).live
   hm.manual_seed(opt.seed)
 
   local run = {low = LOW[dtype], losses = {}, skipped = 0}
-  run.model = Net()
+  run.model = Net():to(opt.device)
   run.loader = loader_of(sets.train, opt, true)
   run.opt = optim.AdamW(run.model:parameters(), {lr = opt.lr})
   local warmup, steps = 100, #run.loader * opt.epochs
@@ -133,8 +135,8 @@ local function train(dtype, sets, opt)
   run.loader:close()
   return {
     dtype = dtype, accuracy = accuracy, loss = mean, epoch_seconds = seconds / opt.epochs, skipped = run.skipped,
-    scale = run.scaler:is_enabled() and run.scaler:get_scale() or nil, peak = hm.cpu.memory_stats().peak - before,
-    model = run.model, scaler = run.scaler,
+    scale = run.scaler:is_enabled() and run.scaler:get_scale() or nil,
+    peak = memory.memory_stats(opt.device).peak - before, model = run.model, scaler = run.scaler,
   }
 end
 
@@ -168,6 +170,10 @@ local OPTIONS = {
   {"policy", "dynamic", "loss-scale policy for f16: a name or a file, e.g. examples/policies/cautious.lua"},
   {"growth-interval", 200, "clean steps before the dynamic policy doubles the scale"},
   {"seed", 1, "seed of weights and order"},
+  {"device", "cpu", "where to train: cpu, cuda or cuda:N", function(name)
+    local ok, message = pcall(hm.empty, {0}, {device = name})
+    if not ok then return "cannot be used: " .. message:gsub("^.-empty: ", "") end
+  end},
   {"save", "", "where to save the trained weights (safetensors)"},
   {"data", "", "folder of the Fashion-MNIST files; default: where Debian's package puts them"},
   {"limit", 0, "use the first N images only (0: all)"},

@@ -171,9 +171,12 @@ typedef struct hm_multi_item {
   void *param;               /* master weights (f32 or f64; a half dtype when a model has no masters) */
   void *grad;                /* gradient as backward left it */
   void *low;                 /* low-precision copy to refresh, or NULL */
-  void *state[HM_MAX_STATE]; /* SGD: momentum.  AdamW: exp_avg, exp_avg_sq.  NULL where unused.  f32 (f64 for f64) */
+  void *state[HM_MAX_STATE]; /* in the order of the rules in rules.h; NULL where unused.  f32 (f64 for f64) */
+  void *lost;                /* half parameters: what rounding took from each, in param_dtype (Kahan), or NULL */
   int16_t param_dtype, grad_dtype, low_dtype, state_dtype;
-  int32_t group; /* index into hm_multi_call.group */
+  int32_t group;  /* index into hm_multi_call.group */
+  bool by_chance; /* half parameters: rounded by chance, element i by word i % 4 of Philox's counter + i / 4 */
+  uint64_t counter;
 } hm_multi_item;
 
 /* What pass 1 writes about one parameter.  Counts are of the values as they came (scaled). */
@@ -183,22 +186,34 @@ typedef struct hm_multi_stat {
   double amax;                  /* largest finite |g|, unscaled; 0 when none */
 } hm_multi_stat;
 
-/* Hyperparameters of one group.  SGD: lr momentum dampening weight_decay nesterov.  AdamW: lr beta1 beta2 eps weight_decay. */
+/* A histogram of unscaled finite values by the exponent of float32: [0] zeros, [1 + k] those of exponent k - 126 (k from 0 to 253),
+ * [255] subnormals.  float64 values beyond these exponents count at the nearest end. */
+enum { HM_HISTOGRAM = 256, HM_HISTOGRAM_ZEROS = 0, HM_HISTOGRAM_SUBNORMALS = 255 };
+
+/* Hyperparameters of one group; rules.h says who reads which.  RMSprop: beta2 is alpha. */
 typedef struct hm_multi_group {
   double lr, weight_decay;
   double momentum, dampening;
   double beta1, beta2, eps;
-  double bias_correction1, bias_correction2; /* 1 - beta^t, computed by core in double */
-  bool nesterov, maximize, decoupled; /* decoupled: AdamW; else weight decay is added to the gradient (Adam, SGD) */
-  bool first;                         /* SGD: the momentum buffer starts as the gradient */
+  double lr_decay; /* Adagrad */
+  double bias_correction1,
+      bias_correction2; /* Adam: 1 - beta^t, computed by core in double; Adagrad: what divides lr; else 1 */
+  int64_t step;         /* updates made before this one (hm_late.done are more) */
+  bool nesterov, maximize, centered;
+  bool decoupled; /* AdamW, Lion; else weight decay is added to the gradient */
+  bool first;     /* SGD: the momentum buffer starts as the gradient */
 } hm_multi_group;
 
 typedef enum hm_multi_op {
   HM_MULTI_CHECK,   /* pass 1: reads grads, writes stat[] */
   HM_MULTI_UNSCALE, /* grad *= inv_scale, in place, and stat[] as CHECK would */
   HM_MULTI_SCALE,   /* grad *= grad_mul (clipping by norm on gradients already unscaled) */
+  HM_MULTI_CLAMP,   /* grad = grad held within [-grad_mul, grad_mul]; NaN stays */
   HM_MULTI_SGD, /* pass 2: g = grad * inv_scale * grad_mul; updates param, state, low; writes g back to grad when it differs */
-  HM_MULTI_ADAM /* pass 2 for Adam and AdamW (PyTorch's formula: eps outside the corrected square root) */
+  HM_MULTI_ADAM, /* the same for Adam and AdamW, and so on */
+  HM_MULTI_RMSPROP,
+  HM_MULTI_ADAGRAD,
+  HM_MULTI_LION
 } hm_multi_op;
 
 typedef struct hm_multi_call {
@@ -209,8 +224,67 @@ typedef struct hm_multi_call {
   hm_multi_stat *stat; /* n of them, for CHECK and UNSCALE */
   double inv_scale;    /* 1/scale in double; multiplied in float32 (rounded once), as PyTorch does */
   double grad_mul;     /* clipping coefficient, 1 for none */
+  uint64_t seed;       /* of items that are rounded by chance */
   void *stream;
+  int64_t *
+      histogram; /* CHECK, UNSCALE: HM_HISTOGRAM counts for each item, on the host, written; NULL: not wanted.  late_tensor: NULL */
 } hm_multi_call;
+
+/* ====== The same without a wait: a scale that lives on the device (optional) ====== */
+
+/* The structs below lie in device memory, 8-byte aligned; kernels write them, and core reads them when somebody asks. */
+
+/* A scale.  Never changed once it is written: the next scale is a new cell. */
+typedef struct hm_scale_cell {
+  double scale;
+  int64_t clean;     /* updates without overflow since the scale last moved */
+  int64_t overflows; /* updates that found one, since the first cell */
+} hm_scale_cell;
+
+/* What one check found.  hm_multi_stat of each item follow it in memory. */
+typedef struct hm_late_found {
+  hm_multi_stat total; /* sum_sq is added in order of the items */
+  double scale;        /* the gradients were made with; 1 without a cell */
+  int64_t found_inf;   /* 0 or 1 */
+} hm_late_found;
+
+/* What the checks of one round found together, and what became of the scale. */
+typedef struct hm_scale_event {
+  hm_multi_stat total;
+  double scale;                        /* of the gradients */
+  double old_scale, wanted, new_scale; /* wanted: before the bounds */
+  int64_t overflows;                   /* as in the new cell */
+} hm_scale_event;
+
+/* What a pass of hm_backend.late_tensor reads and writes instead of the call's own numbers. */
+typedef struct hm_late {
+  const hm_scale_cell *cell; /* gradients were made with; NULL: they are unscaled */
+  hm_late_found *found;  /* CHECK, UNSCALE: written.  Updates: nothing is done where it says found_inf; may be NULL */
+  hm_scale_event *event; /* CHECK, UNSCALE: joined, or begun with `begin`; may be NULL */
+  bool begin;
+  const hm_late_found *norm; /* SCALE and updates: clip to max_norm by what this check found; NULL: no clipping */
+  double max_norm;
+  float *norm_out;      /* CHECK, UNSCALE: the norm, infinite or NaN where gradients are; may be NULL */
+  int64_t *done;        /* updates: how many each parameter had on the device, beside group.step; counted up */
+  const int32_t *index; /* updates: place of each item in `done`; on the host */
+} hm_late;
+
+/* How the scale goes on: to = rule(from), clamped to [min, max]. */
+typedef struct hm_scale_step {
+  const hm_scale_cell *from;
+  hm_scale_cell *to;
+  float *to32;           /* the new scale, rounded: what losses are multiplied by */
+  hm_scale_event *event; /* the round that decides, and that hears of the result; NULL: none */
+  bool blank;            /* nothing was checked: *event is begun here */
+  double set;            /* > 0: the scale becomes this, backed off once for each overflow beyond `heard` */
+  int64_t heard;         /* -1: all of them */
+  double growth, backoff;
+  int64_t interval; /* clean updates until it grows; 0: never */
+  double min, max;
+} hm_scale_step;
+
+typedef struct hm_fetch hm_fetch; /* a small piece of device memory on its way to the host; the backend's own */
+enum { HM_FETCH_BYTES = 128 };    /* the most that one takes */
 
 /* ====== The backend ====== */
 
@@ -289,9 +363,26 @@ typedef struct hm_device_counters {
   int64_t synchronisations; /* times that the host waited for the device */
   int64_t copies;           /* between host and device, or on the device by the copy engine */
   int64_t bytes;            /* moved by them */
+  /* convolutions and their gradients; windows of one pixel are plain products and counted nowhere */
+  int64_t cudnn_convolutions;  /* done by cuDNN */
+  int64_t im2col_convolutions; /* done as products of columns */
+  int64_t cudnn_refusals;      /* of which cuDNN was asked for these and refused */
 } hm_device_counters;
 
-enum { HM_BACKEND_VERSION = 2 };
+/* ---- optional: uploads that nobody waits for ---- */
+
+typedef struct hm_transfer hm_transfer; /* the backend's own: copies under way, and how to know that they are done */
+
+/* One copy from pinned host memory (host_alloc) to the device. */
+typedef struct hm_piece {
+  void *data;
+  const void *host;
+  size_t bytes;
+} hm_piece;
+
+struct hm_program; /* kernels/expression.h */
+
+enum { HM_BACKEND_VERSION = 6 };
 
 typedef struct hm_backend {
   uint32_t version; /* HM_BACKEND_VERSION of the header it was built with */
@@ -321,8 +412,9 @@ typedef struct hm_backend {
   /* (optional) Makes that layout of call->in[arg] in dst (packing().bytes long). */
   int (*pack)(const hm_kernel_call *call, int arg, void *dst);
 
-  /* (optional) Compiles a kernel of the given name from source.  HM_ERR_ARG with the compiler's messages where it does not compile. */
-  int (*user_compile)(int device, const char *source, const char *name, hm_user_kernel **out);
+  /* (optional) Compiles a kernel of the given name from source; exact: no multiplication is contracted with an addition.  HM_ERR_ARG with the
+   * compiler's messages where it does not compile. */
+  int (*user_compile)(int device, const char *source, const char *name, bool exact, hm_user_kernel **out);
   /* (optional) Checks a launch's arguments against the kernel's declaration; sets arg[].written.  Launches nothing. */
   int (*user_check)(const hm_user_kernel *kernel, hm_user_arg *arg, int n);
   /* (optional) Launches it behind all work queued before; does not wait.  Arguments as user_check passed them. */
@@ -332,6 +424,37 @@ typedef struct hm_backend {
   void (*user_free)(hm_user_kernel *kernel);
   /* (optional) Reads the counters of all devices together. */
   void (*counters)(hm_device_counters *out);
+  /* (optional) What does convolutions on a device, as text: "cudnn 9.19.0", "im2col + cublas (why)".  Valid until the next call. */
+  const char *(*convolution)(int device);
+
+  /* (optional, from here to transfer_ready all or none) Pinned host memory, aligned to a page; NULL means out of memory, without a message. */
+  void *(*host_alloc)(int device, size_t bytes);
+  /* Gives it back; no copy out of it may be under way. */
+  void (*host_free)(int device, void *data, size_t bytes);
+  int (*transfer_new)(int device, hm_transfer **out);
+  /* Waits for its copies; NULL is ignored. */
+  void (*transfer_free)(hm_transfer *transfer);
+  /* Begins copies, behind all work asked for so far, and does not wait.  The transfer stands for its earlier copies, too, if they are not done.
+   * Where it fails, work asked for from now on comes behind what was begun. */
+  int (*transfer_start)(hm_transfer *transfer, const hm_piece *piece, int n);
+  /* Work asked for from now on comes behind the copies; does not wait. */
+  int (*transfer_join)(hm_transfer *transfer);
+  /* Are the copies done, so that their host memory may be written again?  With `wait` they are when it returns HM_OK. */
+  int (*transfer_ready)(hm_transfer *transfer, bool wait, bool *ready);
+
+  /* (optional, from here to fetch_drop all or none) multi_tensor with `late` in place of inv_scale, grad_mul, stat and
+   * bias corrections.  Waits for nothing. */
+  int (*late_tensor)(const hm_multi_call *call, const hm_late *late);
+  int (*late_scale)(int device, const hm_scale_step *step);
+  /* Starts to bring a piece of device memory to the host, as it is behind all work asked for so far. */
+  int (*fetch_begin)(int device, const void *data, size_t bytes, hm_fetch **out);
+  /* Has it come?  Then it is copied to `host` and the fetch is given up.  With `wait` it has, when HM_OK is returned. */
+  int (*fetch_end)(hm_fetch *fetch, void *host, bool wait, bool *done);
+  void (*fetch_drop)(hm_fetch *fetch); /* gives it up, come or not; NULL is ignored */
+
+  /* (optional) Runs a formula on the operands of an elementwise call (op -1).  Where it is missing, core prints the formula as a kernel for
+   * user_compile. */
+  int (*expression)(const hm_kernel_call *call, const struct hm_program *program);
 } hm_backend;
 
 /* The one symbol of a plug-in: `const hm_backend *hm_backend_open(const hm_host *host)`.  `host` must outlive it.  NULL with a message where
@@ -354,5 +477,8 @@ typedef struct hm_cpu_features {
 const hm_cpu_features *hm_cpu_get_features(void);
 /* Threads for kernels from now on; n >= 1. */
 int hm_cpu_set_threads(int n);
+/* Weight gradients that go through oneDNN give the same bits for any number of threads from now on; off by default, since it costs time. */
+void hm_cpu_set_deterministic(bool on);
+bool hm_cpu_is_deterministic(void);
 
 #endif

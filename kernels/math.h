@@ -6,7 +6,7 @@
  * The float32 functions are our own.  Each is within 2 units in the last place over the whole range and right for NaN, infinities, zeros
  * and subnormals.  They contain no branch and no call, so that a loop around them vectorises, and no step that a compiler could contract or
  * reorder: built without contraction and without fast-math they give the same bits with any instruction set and on the GPU.  A function takes
- * double arithmetic inside where float32 would not carry it (sin, cos, pow).  Coefficients are minimax fits.
+ * double arithmetic inside where float32 would not carry it (sin, cos, pow, the rarer ones).  Coefficients are minimax fits or series.
  *
  * The float64 functions go to the C library: they serve gradient checks.
  */
@@ -349,7 +349,146 @@ HM_FN float hm_pow_f32(float x, float y) {
   return hm__pick_f32((y == 0.0f) | (x == 1.0f) | ((ax == 1.0f) & (ay == INFINITY)), 1.0f, z);
 }
 
+/* ====== Other logarithms and exponentials ====== */
+
+/* Binary logarithm of any float before rounding. */
+HM_FN double hm__log2_core_f32(float x) {
+  const double edge = hm__pick_f64(x == 0.0f, -(double)INFINITY, (double)x); /* infinity and NaN are their own */
+  const double known = hm__pick_f64((x > 0.0f) & (x < INFINITY), hm__log2_f64((double)hm_abs_f32(x)), edge);
+  return hm__pick_f64(x < 0.0f, (double)NAN, known);
+}
+
+HM_FN float hm_log2_f32(float x) { return (float)hm__log2_core_f32(x); }
+HM_FN float hm_log10_f32(float x) { return (float)(hm__log2_core_f32(x) * 0.30102999566398120); }
+
+/* e^x before rounding, held inside 2^+-300: beyond what a float holds. */
+HM_FN double hm__exp_core_f32(float x) {
+  double p = (double)x * 1.4426950408889634;
+  p = p < -300.0 ? -300.0 : p;
+  p = p > 300.0 ? 300.0 : p;
+  return hm__exp2_f64(p);
+}
+
+/* e^x - 1: a series where the difference would lose digits. */
+HM_FN float hm_expm1_f32(float x) {
+  const double d = (double)x;
+  double p = 1.0 / 40320.0;
+  p = p * d + 1.0 / 5040.0;
+  p = p * d + 1.0 / 720.0;
+  p = p * d + 1.0 / 120.0;
+  p = p * d + 1.0 / 24.0;
+  p = p * d + 1.0 / 6.0;
+  p = p * d + 0.5;
+  const double near = d + d * d * p;
+  const float y = (float)hm__pick_f64(hm_abs_f32(x) < 0.3f, near, hm__exp_core_f32(x) - 1.0);
+  return x == 0.0f ? x : y; /* keeps the sign of zero */
+}
+
+HM_FN float hm_sinh_f32(float x) {
+  const double a = (double)hm_abs_f32(x), z = a * a, e = hm__exp_core_f32(hm_abs_f32(x));
+  const double near = a * (1.0 + z * (1.0 / 6.0) * (1.0 + z * (1.0 / 20.0) * (1.0 + z * (1.0 / 42.0))));
+  const float y = (float)hm__pick_f64(a < 0.3, near, 0.5 * (e - 1.0 / e));
+  return hm__with_sign_f32(y, x);
+}
+
+HM_FN float hm_cosh_f32(float x) {
+  const double e = hm__exp_core_f32(x);
+  return (float)(0.5 * (e + 1.0 / e));
+}
+
+/* ====== tan and the inverse functions ====== */
+
+HM_FN float hm_tan_f32(float x) {
+  const float y = (float)(hm__sin_core_f32(x, 0) / hm__sin_core_f32(x, 1));
+  return hm_abs_f32(x) < 1.2207031e-4f ? x : y; /* 2^-13; keeps the sign of zero */
+}
+
+/* atan of 0 <= z <= 1, good to 2^-32: above tan(pi/8) by atan(z) = pi/4 + atan((z - 1) / (z + 1)), then the series. */
+HM_FN double hm__atan_unit_f64(double z) {
+  const double w = hm__pick_f64(z > 0.41421356237309503, (z - 1.0) / (z + 1.0), z);
+  const double t = w * w;
+  double p = 1.0 / 21.0;
+  p = 1.0 / 19.0 - t * p;
+  p = 1.0 / 17.0 - t * p;
+  p = 1.0 / 15.0 - t * p;
+  p = 1.0 / 13.0 - t * p;
+  p = 1.0 / 11.0 - t * p;
+  p = 1.0 / 9.0 - t * p;
+  p = 1.0 / 7.0 - t * p;
+  p = 1.0 / 5.0 - t * p;
+  p = 1.0 / 3.0 - t * p;
+  const double r = w - w * t * p;
+  return hm__pick_f64(z > 0.41421356237309503, 0.78539816339744831 + r, r);
+}
+
+/* atan of a >= 0, infinity included. */
+HM_FN double hm__atan_core_f64(double a) {
+  const double r = hm__atan_unit_f64(hm__pick_f64(a > 1.0, 1.0 / a, a));
+  return hm__pick_f64(a > 1.0, 1.5707963267948966 - r, r);
+}
+
+HM_FN float hm_atan_f32(float x) { return hm__with_sign_f32((float)hm__atan_core_f64((double)hm_abs_f32(x)), x); }
+
+HM_FN float hm_asin_f32(float x) {
+  const double a = (double)hm_abs_f32(x);
+  return hm__with_sign_f32((float)hm__atan_core_f64(a / sqrt((1.0 - a) * (1.0 + a))), x);
+}
+
+HM_FN float hm_acos_f32(float x) {
+  const double d = (double)x;
+  return (float)(2.0 * hm__atan_core_f64(sqrt((1.0 - d) / (1.0 + d))));
+}
+
+/* The angle of the point (x, y), as C99 has it: in [-pi, pi], the sign of y, also for zeros and infinities. */
+HM_FN float hm_atan2_f32(float y, float x) {
+  const double a = (double)hm_abs_f32(y), b = (double)hm_abs_f32(x);
+  const double low = hm__pick_f64(a > b, b, a), high = hm__pick_f64(a > b, a, b);
+  const double even = hm__pick_f64((a == b) & (a == (double)INFINITY), 1.0, low / high);
+  const double r = hm__atan_unit_f64(hm__pick_f64(high == 0.0, 0.0, even));
+  const double first = hm__pick_f64(a > b, 1.5707963267948966 - r, r);
+  const double half = hm__pick_f64((hm_f32_bits(x) >> 31) != 0, 3.1415926535897931 - first, first);
+  const double nan = (a + b) - (a + b); /* 0, or NaN where an operand is NaN or infinite */
+  return hm__with_sign_f32((float)hm__pick_f64((y != y) | (x != x), nan, half), y);
+}
+
+/* Square root of x^2 + y^2; infinite if either is, as C99 has it. */
+HM_FN float hm_hypot_f32(float x, float y) {
+  const double a = (double)x, b = (double)y;
+  const float r = (float)sqrt(a * a + b * b);
+  return hm__pick_f32((hm_abs_f32(x) == INFINITY) | (hm_abs_f32(y) == INFINITY), (float)INFINITY, r);
+}
+
+/* ====== Rounding to integers ====== */
+
+HM_FN float hm_ceil_f32(float x) { return -hm_floor_f32(-x); }
+
+HM_FN float hm_trunc_f32(float x) {
+  return hm_bits_f32(hm_f32_bits(hm_floor_f32(hm_abs_f32(x))) | (hm_f32_bits(x) & 0x80000000u));
+}
+
+/* Nearest integer, halves to the even one: adding 2^23 leaves no bits for a fraction. */
+HM_FN float hm_round_f32(float x) {
+  const float a = hm_abs_f32(x);
+  const float r = (a + 8388608.0f) - 8388608.0f;
+  return hm__with_sign_f32(hm__pick_f32(a < 8388608.0f, r, a), x);
+}
+
 /* ====== float64: the C library's ====== */
+
+HM_FN double hm_log2_f64(double x) { return log2(x); }
+HM_FN double hm_log10_f64(double x) { return log10(x); }
+HM_FN double hm_expm1_f64(double x) { return expm1(x); }
+HM_FN double hm_sinh_f64(double x) { return sinh(x); }
+HM_FN double hm_cosh_f64(double x) { return cosh(x); }
+HM_FN double hm_tan_f64(double x) { return tan(x); }
+HM_FN double hm_asin_f64(double x) { return asin(x); }
+HM_FN double hm_acos_f64(double x) { return acos(x); }
+HM_FN double hm_atan_f64(double x) { return atan(x); }
+HM_FN double hm_atan2_f64(double x, double y) { return atan2(x, y); }
+HM_FN double hm_hypot_f64(double x, double y) { return hypot(x, y); }
+HM_FN double hm_ceil_f64(double x) { return ceil(x); }
+HM_FN double hm_round_f64(double x) { return rint(x); }
+HM_FN double hm_trunc_f64(double x) { return trunc(x); }
 
 HM_FN double hm_abs_f64(double x) { return fabs(x); }
 HM_FN double hm_sqrt_f64(double x) { return sqrt(x); }

@@ -6,12 +6,13 @@
 --   ops_api.h   hm_op_NAME(), one typed C function per row        (core/halfmoon.h), ops_api.c their bodies
 --   backward.c  one function per row with derivatives             (core), backward.h
 --   optable.c   hm__ops[], the table that core and the binding read
+--   math_text.h kernels/math.h as text                            (core/expression_source.c)
 --
--- The parts: scripts/gen/rows.lua reads rows, scripts/gen/expr.lua parses and differentiates expressions,
+-- The parts: scripts/gen/rows.lua reads rows, lua/halfmoon/expr.lua parses and differentiates expressions,
 -- scripts/gen/emit_*.lua write the files.  A row that cannot be understood stops the build with its name.
 
 local dir = arg[0]:match("^(.*)/[^/]*$") or "."
-package.path = dir .. "/gen/?.lua;" .. package.path
+package.path = dir .. "/gen/?.lua;" .. dir .. "/../lua/halfmoon/?.lua;" .. package.path -- the latter for expr.lua
 
 local rows = require "rows"
 local out_dir = assert(arg[1], "usage: lua5.4 scripts/genops.lua OUTPUT_DIR")
@@ -33,6 +34,6 @@ local function write(name, text)
 end
 
 os.execute("mkdir -p '" .. out_dir .. "'")
-for _, part in ipairs {"emit_enum", "emit_tiles", "emit_cuda", "emit_api", "emit_backward", "emit_table"} do
-  for name, text in pairs(require(part)(ops)) do write(name, text) end
+for _, part in ipairs {"emit_enum", "emit_tiles", "emit_cuda", "emit_api", "emit_backward", "emit_table", "emit_source"} do
+  for name, text in pairs(require(part)(ops, dir .. "/../kernels")) do write(name, text) end
 end

@@ -4,6 +4,8 @@
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
 local numbers = require "spec.support.numbers"
+local devices = require "spec.support.devices"
+local samples = require "spec.support.samples"
 local expect = require "spec.support.expect"
 
 local nn, optim, amp = hm.nn, hm.optim, hm.amp
@@ -32,50 +34,21 @@ end
 
 -- ====== Every row ======
 
--- Shapes of the tensors and the attributes for ops that do not take tensors of one shape: {shapes by input, attributes}.  "-": left out.
-local SAMPLES = {
-  sum = {{{2, 3}}, {dim = {1}}}, mean = {{{2, 3}}, {dim = {1}}}, amax = {{{2, 3}}, {dim = {1}}}, amin = {{{2, 3}}, {dim = {1}}},
-  amax_backward = {{{3}, {2, 3}, {3}}, {dim = {0}}}, max_dim = {{{2, 3}}, {dim = 0}}, min_dim = {{{2, 3}}, {dim = 0}},
-  select_backward = {{{3}, {3}}, {shape = {2, 3}, dim = 0}}, argmax = {{{2, 3}}, {dim = 0}}, argmin = {{{2, 3}}, {dim = 0}},
-  softmax = {{{2, 3}}, {dim = 1}}, softmax_backward = {{{2, 3}, {2, 3}}, {dim = 1}}, log_softmax = {{{2, 3}}, {dim = 1}},
-  log_softmax_backward = {{{2, 3}, {2, 3}}, {dim = 1}}, cross_entropy = {{{4, 3}, {4}}, {}},
-  cross_entropy_backward = {{{}, {4, 3}, {4}, {4}}, {}}, matmul = {{{2, 3}, {3, 4}}, {}}, linear = {{{2, 3}, {4, 3}, {4}}, {}},
-  linear_backward_input = {{{2, 4}, {4, 3}}, {}}, linear_backward_weight = {{{2, 4}, {2, 3}}, {}}, linear_backward_bias = {{{2, 4}}, {}},
-  conv2d = {{{2, 3, 5, 5}, {4, 3, 3, 3}, {4}}, {}}, conv2d_backward_input = {{{2, 4, 3, 3}, {4, 3, 3, 3}}, {shape = {2, 3, 5, 5}}},
-  conv2d_backward_weight = {{{2, 4, 3, 3}, {2, 3, 5, 5}}, {shape = {4, 3, 3, 3}}}, conv2d_backward_bias = {{{2, 4, 3, 3}}, {}},
-  max_pool2d = {{{1, 2, 4, 4}}, {kernel_size = {2}}},
-  max_pool2d_backward = {{{1, 2, 2, 2}, {1, 2, 2, 2}}, {kernel_size = {2}, shape = {1, 2, 4, 4}}},
-  narrow_backward = {{{2, 3}}, {shape = {4, 3}, dim = 0, start = 1}}, random_ = {{{4}}, {low = 0, high = 2}},
-  arange_ = {{{4}, 0, 1}, {}}, fill_ = {{{4}, 1.5}, {}}, eye_ = {{{3, 3}}, {}},
-  view = {{{2, 3}}, {shape = {6}}}, reshape = {{{2, 3}}, {shape = {6}}}, flatten = {{{2, 3}}, {}}, permute = {{{2, 3}}, {dims = {1, 0}}},
-  transpose = {{{2, 3}}, {dim0 = 0, dim1 = 1}}, t = {{{2, 3}}, {}}, squeeze = {{{2, 1}}, {}}, unsqueeze = {{{2, 3}}, {dim = 0}},
-  expand = {{{2, 1}}, {shape = {2, 3}}}, narrow = {{{4, 3}}, {dim = 0, start = 1, length = 2}}, select = {{{4, 3}}, {dim = 0, index = 1}},
-  expand_reduced = {{{3}}, {shape = {2, 3}, dim = {0}}}, grad_channels = {{{3}}, {shape = {2, 3, 2, 2}}},
-}
--- Inputs that are always of one dtype.
-local FIXED = {max_pool2d_backward = {index = "u8"}, cross_entropy_backward = {g = "f32", lse = "f32"}}
-
-local function sample_of(op)
-  if SAMPLES[op.name] then return SAMPLES[op.name][1], SAMPLES[op.name][2] end
-  local shapes = {}
-  for i = 1, #op.inputs do shapes[i] = {4} end
-  return shapes, {}
-end
-
 local function arguments(op, dtype)
-  local shapes, attrs = sample_of(op)
+  if op.family ~= "elementwise" then
+    local sample = samples.of(op)[1]
+    local args = samples.arguments(op, sample, LONG[dtype])
+    for i = 1, #op.inputs do
+      if core.is_tensor(args[i]) then args[i] = args[i]:to(hm.get_default_device()) end -- samples are made on the CPU
+    end
+    args[#op.inputs + 1] = sample[2] or {}
+    return args
+  end
   local args = {}
   for i, input in ipairs(op.inputs) do
-    local shape = shapes[i]
-    local fixed = FIXED[op.name] and FIXED[op.name][input.name]
-    if type(shape) == "number" then args[i] = shape
-    elseif input.cls == "b" then args[i] = filled(shape, "i64"):ne(0)
-    elseif input.cls == "i" then args[i] = filled(shape, "i64")
-    else args[i] = filled(shape, fixed or dtype, i) end
+    args[i] = input.cls == "b" and filled({4}, "i64"):ne(0) or filled({4}, dtype, i)
   end
-  local copy = {}
-  for k, v in pairs(attrs) do copy[k] = v end
-  args[#op.inputs + 1] = copy
+  args[#op.inputs + 1] = {}
   return args
 end
 
@@ -126,7 +99,13 @@ local function operand_record(records, op)
   end
 end
 
-local function try(op, args) return pcall(call, op, args) end
+local function try(op, args)
+  return pcall(function()
+    local y = call(op, args)
+    devices.wait()
+    return y
+  end)
+end
 
 describe("inside autocast", function()
   local rows = 0
@@ -627,7 +606,7 @@ describe("a training step", function()
     it(("in %s: conv and linear read and save it, forward and backward; loss, masters, gradients are float32"):format(low), function()
       local model = small_cnn()
       local opt = optim.AdamW(model:parameters(), {lr = 1e-3})
-      local scaler = amp.GradScaler {init_scale = 1024}
+      local scaler = amp.GradScaler {dtype = low, init_scale = low == "f16" and 1024 or nil}
       local x, y = hm.rand({4, 1, 8, 8}), hm.randint(0, 10, {4})
       local loss
       local records = logged(function()

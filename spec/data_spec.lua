@@ -126,8 +126,8 @@ end)
 
 describe("DataLoader", function()
   local N = 103
-  local xs = hm.arange(N):mul(2):to("u8"):view(N, 1):expand(N, 5):contiguous()
-  local ys = hm.arange(N)
+  local xs = hm.arange(N, {device = "cpu"}):mul(2):to("u8"):view(N, 1):expand(N, 5):contiguous()
+  local ys = hm.arange(N, {device = "cpu"})
 
   local function loader(opts)
     opts[1] = data.TensorDataset(xs, ys)
@@ -216,7 +216,7 @@ describe("DataLoader", function()
         numbers.assert_near(x, (xs:double() / 255 - 0.25) / 0.5, 5e-4, 1e-4)
       end
     end
-    local wide = hm.linspace(-3, 3, 300):view(30, 10)
+    local wide = hm.linspace(-3, 3, 300, {device = "cpu"}):view(30, 10)
     for x in data.DataLoader({{wide}, batch_size = 30, normalize = {mean = 1, std = 2}}):batches() do
       numbers.assert_near(x, (wide - 1) / 2, 1e-6, 1e-6)
     end
@@ -325,8 +325,9 @@ describe("DataLoader", function()
     raises("dtype", loader, {dtype = "f17"})
     raises("transforms[1]", loader, {transforms = {3}})
     raises("missing", data.DataLoader, {batch_size = 3})
-    raises({"rows differs", "f32[2]", "f32[3]"}, data.TensorDataset, hm.zeros({2}), hm.zeros({3}))
-    raises({"rows differs", "f32[2]", "f32[3]"}, data.DataLoader, {hm.zeros({2}), hm.zeros({3})})
+    local two, three = hm.zeros({2}, {device = "cpu"}), hm.zeros({3}, {device = "cpu"})
+    raises({"rows differs", "f32[2]", "f32[3]"}, data.TensorDataset, two, three)
+    raises({"rows differs", "f32[2]", "f32[3]"}, data.DataLoader, {two, three})
     raises("not a tensor", data.TensorDataset, 3)
   end)
 end)

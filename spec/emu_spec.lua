@@ -3,6 +3,9 @@
 -- Correct kernels must give the same numbers in every wake order and in deferred mode.  Every planted fault must be caught, by a message
 -- that names the kernel, the thread and the place; where only a comparison of wake orders shows it, the orders must differ.
 
+local devices = require "spec.support.devices"
+local it = devices.cpu_cases("the test double itself", it)
+
 local out = (os.getenv("HALFMOON_EMU_SPEC") or "build") .. "/emu-spec"
 local nvcc = "/usr/local/cuda/bin/nvcc"
 local ORDERS = {"ascending", "descending", "random:1", "random:7"}
@@ -48,6 +51,7 @@ end
 
 describe("the CUDA test double", function()
   lazy_setup(function()
+    if not devices.is_cpu then return end
     local said, status = shell(("make -s -f kernels/emu/emu.mk OUT=%s Q=@ emu-spec"):format(out:match("^(.*)/emu%-spec$")))
     assert(status == 0, said)
   end)

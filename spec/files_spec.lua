@@ -4,6 +4,7 @@
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
 local bits = require "spec.support.bits"
+local devices = require "spec.support.devices"
 local numbers = require "spec.support.numbers"
 local process = require "spec.support.process"
 local raises = require "spec.support.raises"
@@ -235,7 +236,9 @@ describe("the world refuses:", function()
     assert.truthy(message:find("/dev/full", 1, true))
   end)
 
-  it("a full disk leaves the old file and nothing else", function()
+  local outside = devices.cpu_cases("the program from outside", it)
+
+  outside("a full disk leaves the old file and nothing else", function()
     local path = path_of("kept")
     assert.is_true(hm.save(path, {x = hm.ones({4})}))
     local before = read(path)
@@ -247,7 +250,7 @@ describe("the world refuses:", function()
     assert.equal("", (process.shell("ls " .. folder .. " | grep '^kept.'")))
   end)
 
-  it("a kill in the middle of a save leaves the old file or the new one, whole", function()
+  outside("a kill in the middle of a save leaves the old file or the new one, whole", function()
     local path = path_of("victim")
     local source = ([[
       local a, b = hm.zeros({1 << 20}), hm.ones({1 << 20})

@@ -3,8 +3,10 @@
 local hm = require "halfmoon"
 local bits = require "spec.support.bits"
 local cases = require "spec.support.isa_cases"
+local devices = require "spec.support.devices"
 local process = require "spec.support.process"
 
+local it = devices.cpu_cases("the instruction sets of the processor", it)
 local features = hm.cpu.features()
 
 --- All results with an instruction set: name -> tensor, and the bytes of the file that held them.

@@ -1,5 +1,7 @@
 -- The program `halfmoon` from outside: options, exit statuses, the prompt with lines from a pipe, Ctrl-C.
 
+local devices = require "spec.support.devices"
+
 local program = os.getenv("HALFMOON_PROGRAM") or "build/halfmoon"
 
 local function quote(text) return "'" .. text:gsub("'", "'\\''") .. "'" end
@@ -31,6 +33,8 @@ local function with_file(text, use)
 end
 
 describe("the program", function()
+  local it = devices.cpu_cases("the program from outside", it)
+
   it("runs a chunk in which hm, nn, optim and amp are there, and leaves the globals alone", function()
     local said, status = run("-e " .. quote("print(type(hm), type(nn), type(optim), type(amp), rawget(_G, 'hm'), rawget(_G, 'nn'))"))
     assert.equal("table\ttable\ttable\ttable\tnil\tnil\n", said)
@@ -105,6 +109,8 @@ describe("the program", function()
 end)
 
 describe("the prompt", function()
+  local it = devices.cpu_cases("the program from outside", it)
+
   it("prints the value of an expression, and several", function()
     assert.equal("3\n1\t2\nnil\n", (prompt("1 + 2\n1, 2\nnil")))
   end)

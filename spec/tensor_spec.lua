@@ -5,6 +5,7 @@ local core = require "halfmoon.core"
 local numbers = require "spec.support.numbers"
 local raises = require "spec.support.raises"
 
+local HERE = hm.get_default_device()
 local nan, inf = 0 / 0, math.huge
 local FLOATS = {"float32", "float16", "bfloat16", "float64"}
 local INTEGERS = {"int64", "int32", "uint8"}
@@ -153,7 +154,7 @@ describe("factories", function()
     raises({"zeros: unknown option", 'did you mean "dtype"'}, hm.zeros, {2}, {dtyp = "f16"})
     raises({"randn: unknown option", 'did you mean "requires_grad"'}, hm.randn, {2}, {require_grad = true})
     raises({"unknown dtype", 'did you mean "f16"'}, hm.zeros, {2}, {dtype = "fp16"})
-    raises({"cuda", "cpu"}, hm.zeros, {2}, {device = "cuda:0"})
+    raises("cuda:15", hm.zeros, {2}, {device = "cuda:15"})
     raises("device", hm.zeros, {2}, {device = "tpu"})
   end)
 
@@ -165,6 +166,41 @@ describe("factories", function()
     raises("unevenly", hm.tensor, {{1, 2}, 3})
     raises("numbers or booleans", hm.tensor, {1, "2"})
     raises("full: expected a shape and a value", hm.full, {2})
+  end)
+end)
+
+describe("the default device", function()
+  it("is where factories and modules make tensors when none is given", function()
+    for name, t in pairs {
+      zeros = hm.zeros {2}, ones = hm.ones {2}, empty = hm.empty {2}, full = hm.full({2}, 1), rand = hm.rand {2}, randn = hm.randn {2},
+      randint = hm.randint(0, 3, {2}), arange = hm.arange(3), linspace = hm.linspace(0, 1, 3), eye = hm.eye(2), tensor = hm.tensor {1},
+      linear = hm.nn.Linear(2, 2).weight, conv = hm.nn.Conv2d(1, 1, 3).bias,
+    } do
+      assert.equal(HERE, t.device, name)
+    end
+  end)
+
+  it("does not matter where a device is given, or follows from a tensor or a file", function()
+    local there = hm.zeros({2}, {device = "cpu"})
+    assert.equal("cpu", there.device)
+    assert.equal("cpu", (there + 1).device)
+    assert.equal("cpu", hm.tensor(there).device)
+    assert.equal("cpu", hm.tensor({1, 2}, {device = "cpu"}).device)
+    assert.equal("cpu", hm.nn.Linear(2, 2, {device = "cpu"}).weight.device)
+    local path = os.tmpname()
+    assert(hm.save(path, {x = hm.ones {2}}))
+    assert.equal("cpu", hm.load(path).x.device)
+    assert.equal(HERE, hm.load(path, {device = HERE}).x.device)
+    os.remove(path)
+  end)
+
+  it("is refused where there is no such device, and stays what it was", function()
+    raises({"set_default_device", "cuda:15"}, hm.set_default_device, "cuda:15")
+    raises({"set_default_device", "tpu"}, hm.set_default_device, "tpu")
+    raises({"set_default_device", "string"}, hm.set_default_device)
+    assert.equal(HERE, hm.get_default_device())
+    hm.set_default_device(HERE)
+    assert.equal(HERE, hm.zeros({1}).device)
   end)
 end)
 
@@ -200,7 +236,7 @@ describe("shape, size, stride", function()
   end)
 
   it("device and dtype are names", function()
-    assert.equal("cpu", t.device)
+    assert.equal(HERE, t.device)
     assert.equal("float32", t.dtype)
     assert.is_nil(t.grad)
     assert.is_true(t.is_leaf)
@@ -337,7 +373,7 @@ describe("reading", function()
     assert.is_true(hm.tensor(3, {dtype = "bool"}):item())
     assert.same({true, false}, hm.tensor({3, 0}, {dtype = "bool"}):totable())
     assert.equal(4, hm.tensor({{{4}}}):item())
-    raises({"item", "f32[2] on cpu", "hint: totable"}, function() hm.zeros({2}):item() end)
+    raises({"item", "f32[2] on " .. HERE, "hint: totable"}, function() hm.zeros({2}):item() end)
   end)
 
   it("totable nests as the shape does, in any memory order", function()
@@ -360,7 +396,7 @@ describe("reading", function()
     assert.equal("float16", hm.zeros({1}):to {dtype = "f16"}.dtype)
     assert.equal("float32", hm.zeros({1}, {dtype = "f16"}):float().dtype)
     raises({"unknown dtype", "did you mean"}, function() hm.zeros({1}):to("flaot16") end)
-    raises("cuda", function() hm.zeros({1}):cuda() end)
+    raises("cuda:15", function() hm.zeros({1}):cuda(15) end)
   end)
 end)
 
@@ -393,7 +429,8 @@ describe("identity", function()
 
   it("what has nothing to do returns self", function()
     local x = hm.zeros {2, 3}
-    for _, y in ipairs {x:to("f32"), x:to("float32"), x:to("cpu"), x:to {dtype = "f32"}, x:float(), x:cpu(), x:contiguous()} do
+    for _, y in ipairs {x:to("f32"), x:to("float32"), x:to(HERE), x:to {dtype = "f32"}, x:float(), x:contiguous(),
+                       HERE == "cpu" and x:cpu() or x:cuda()} do
       assert.is_true(rawequal(x, y))
     end
     assert.is_false(rawequal(x, x:clone()))
@@ -549,7 +586,7 @@ describe("arithmetic", function()
     check(c + r, "float32", {2, 3}, {11, 21, 31, 12, 22, 32})
     assert.same({0, 3}, (hm.zeros {0, 1} + r).shape)
     assert.same({2, 0}, (c * hm.zeros {0}).shape)
-    raises({"add: shapes do not broadcast", "f32[2,3] on cpu", "f32[2,4] on cpu", "hint"}, function()
+    raises({"add: shapes do not broadcast", "f32[2,3] on " .. HERE, "f32[2,4] on " .. HERE, "hint"}, function()
       return hm.zeros {2, 3} + hm.zeros {2, 4}
     end)
   end)
@@ -706,16 +743,16 @@ describe("printing", function()
   local format = require("halfmoon.print").format
 
   it("uses one format for all values", function()
-    assert.equal("1 2 3\n[f32 3, cpu]", format(hm.tensor {1, 2, 3}))
-    assert.equal(" 1.0000 -2.5000\n[f32 2, cpu]", format(hm.tensor {1, -2.5}))
-    assert.equal("    1   -20\n12345     7\n[i64 2x2, cpu]", format(i64 {{1, -20}, {12345, 7}}))
-    assert.equal("7\n[i32 scalar, cpu]", format(hm.tensor(7, {dtype = "i32"})))
-    assert.equal(" true false\n[bool 2, cpu]", format(hm.tensor {true, false}))
-    assert.equal(" nan  inf -inf    1\n[f16 4, cpu]", format(hm.tensor({nan, inf, -inf, 1}, {dtype = "f16"})))
+    assert.equal("1 2 3\n[f32 3, " .. HERE .. "]", format(hm.tensor {1, 2, 3}))
+    assert.equal(" 1.0000 -2.5000\n[f32 2, " .. HERE .. "]", format(hm.tensor {1, -2.5}))
+    assert.equal("    1   -20\n12345     7\n[i64 2x2, " .. HERE .. "]", format(i64 {{1, -20}, {12345, 7}}))
+    assert.equal("7\n[i32 scalar, " .. HERE .. "]", format(hm.tensor(7, {dtype = "i32"})))
+    assert.equal(" true false\n[bool 2, " .. HERE .. "]", format(hm.tensor {true, false}))
+    assert.equal(" nan  inf -inf    1\n[f16 4, " .. HERE .. "]", format(hm.tensor({nan, inf, -inf, 1}, {dtype = "f16"})))
   end)
 
   it("takes out a factor, or writes exponents, where four decimals would hide values", function()
-    assert.equal("1e+06 *\n1.0000 2.5000\n[f32 2, cpu]", format(hm.tensor {1e6 + 0.5, 2.5e6 + 0.25}))
+    assert.equal("1e+06 *\n1.0000 2.5000\n[f32 2, " .. HERE .. "]", format(hm.tensor {1e6 + 0.5, 2.5e6 + 0.25}))
     local tiny = format(hm.tensor {1e-7, 1})
     assert.truthy(tiny:find("1.0000e-07", 1, true), tiny)
   end)
@@ -729,24 +766,24 @@ describe("printing", function()
 
   it("shows edges above 1,000 elements, and all up to there", function()
     local text = format(hm.arange(1001), 80)
-    assert.equal("   0    1    2  ...  998  999 1000\n[i64 1001, cpu]", text)
+    assert.equal("   0    1    2  ...  998  999 1000\n[i64 1001, " .. HERE .. "]", text)
     assert.falsy(format(hm.arange(1000), 80):find("...", 1, true))
     text = format(hm.zeros {50, 50})
     assert.equal(8, select(2, text:gsub("\n", "\n")) + 1)
     assert.truthy(text:find("0 0 0 ...", 1, true) or text:find("...   0", 1, true))
-    assert.truthy(text:find("%[f32 50x50, cpu%]$"))
+    assert.truthy(text:find("%[f32 50x50, " .. HERE .. "%]$"))
     local flags = format(hm.zeros({2000}, {dtype = "bool"}))
-    assert.equal("false false false   ... false false false\n[bool 2000, cpu]", flags)
+    assert.equal("false false false   ... false false false\n[bool 2000, " .. HERE .. "]", flags)
     assert.truthy(format(hm.zeros {20, 20, 20}):find("%(1,%.,%.%)"))
   end)
 
   it("shows more dims matrix by matrix", function()
-    assert.equal("(1,.,.)\n0 1\n2 3\n\n(2,.,.)\n4 5\n6 7\n[i64 2x2x2, cpu]", format(hm.arange(8):view(2, 2, 2)))
+    assert.equal("(1,.,.)\n0 1\n2 3\n\n(2,.,.)\n4 5\n6 7\n[i64 2x2x2, " .. HERE .. "]", format(hm.arange(8):view(2, 2, 2)))
   end)
 
   it("names dtype, shape, device and requires_grad in the footer", function()
-    assert.truthy(tostring(hm.zeros {2, 3}):find("[f32 2x3, cpu]", 1, true))
+    assert.truthy(tostring(hm.zeros {2, 3}):find("[f32 2x3, " .. HERE .. "]", 1, true))
     assert.truthy(tostring(hm.zeros({2}, {requires_grad = true})):find("requires_grad]", 1, true))
-    assert.equal("(no elements)\n[f16 0x3, cpu]", format(hm.zeros({0, 3}, {dtype = "f16"})))
+    assert.equal("(no elements)\n[f16 0x3, " .. HERE .. "]", format(hm.zeros({0, 3}, {dtype = "f16"})))
   end)
 end)

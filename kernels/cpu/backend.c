@@ -32,6 +32,7 @@ static struct {
   char problem[256];
   char name[128];
   hm_backend backend;
+  bool deterministic; /* hm_cpu_set_deterministic */
 } cpu;
 
 /* ====== Messages ====== */
@@ -148,6 +149,10 @@ int hm_cpu_set_threads(int n) {
   return HM_OK;
 }
 
+void hm_cpu_set_deterministic(bool on) { cpu.deterministic = on; }
+
+bool hm_cpu_is_deterministic(void) { return cpu.deterministic; }
+
 int hm_cpu_threads(int64_t work, int64_t cost) {
   const int most = cpu.features.threads;
   if (most <= 1 || work <= 0) return 1;
@@ -215,6 +220,15 @@ static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
   case HM_OP_CONV2D:
   case HM_OP_CONV2D_BACKWARD_INPUT:
   case HM_OP_CONV2D_BACKWARD_WEIGHT: return hm_cpu_conv_workspace(call, bytes);
+  case HM_OP_SELECT_BACKWARD:
+  case HM_OP_GATHER_BACKWARD:
+  case HM_OP_INDEX_SELECT_BACKWARD:
+  case HM_OP_INDEX_ADD:
+  case HM_OP_SCATTER:
+  case HM_OP_SCATTER_ADD:
+  case HM_OP_EMBEDDING_BACKWARD:
+  case HM_OP_SORT:
+  case HM_OP_TOPK: return hm_cpu_index_workspace(call, bytes);
   case HM_OP_SUM:
   case HM_OP_MEAN:
   case HM_OP_AMAX:
@@ -226,7 +240,26 @@ static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
   case HM_OP_ANY:
   case HM_OP_ALL:
   case HM_OP_LINEAR_BACKWARD_BIAS:
+  case HM_OP_PROD:
   case HM_OP_CONV2D_BACKWARD_BIAS: return hm_cpu_reduce_workspace(call, bytes);
+  case HM_OP_VAR:
+  case HM_OP_STD:
+  case HM_OP_NORM:
+  case HM_OP_LOGSUMEXP: return hm_cpu_spread_workspace(call, bytes);
+  case HM_OP_PROD_BACKWARD:
+  case HM_OP_CUMSUM:
+  case HM_OP_CUMSUM_REVERSE:
+  case HM_OP_CUMPROD_BACKWARD: return hm_cpu_scan_workspace(call, bytes);
+  case HM_OP_ATTENTION:
+  case HM_OP_ATTENTION_BACKWARD: return hm_cpu_attention_workspace(call, bytes);
+  case HM_OP_BATCH_NORM:
+  case HM_OP_BATCH_NORM_BACKWARD:
+  case HM_OP_LAYER_NORM:
+  case HM_OP_LAYER_NORM_BACKWARD:
+  case HM_OP_RMS_NORM:
+  case HM_OP_RMS_NORM_BACKWARD:
+  case HM_OP_GROUP_NORM:
+  case HM_OP_GROUP_NORM_BACKWARD: return hm_cpu_normalize_workspace(call, bytes);
   default: return HM_OK; /* our other kernels need none */
   }
 }
@@ -245,16 +278,19 @@ static void fill_backend(hm_backend *b, const hm_isa *isa) {
       .synchronize = synchronize,
       .kernel = {[HM_FAMILY_ELEMENTWISE] = isa->elementwise,
                  [HM_FAMILY_REDUCE] = isa->reduce,
+                 [HM_FAMILY_SCAN] = hm_cpu_scan,
                  [HM_FAMILY_COPY] = isa->copy,
                  [HM_FAMILY_FILL] = isa->fill,
                  [HM_FAMILY_RANDOM] = isa->random,
-                 [HM_FAMILY_INDEX] = isa->index,
+                 [HM_FAMILY_INDEX] = hm_cpu_index,
                  [HM_FAMILY_MATMUL] = hm_cpu_matmul,
                  [HM_FAMILY_CONV] = hm_cpu_conv,
                  [HM_FAMILY_POOL] = isa->pool,
                  [HM_FAMILY_NORM] = isa->norm,
+                 [HM_FAMILY_ATTENTION] = isa->attention,
                  [HM_FAMILY_LOSS] = isa->loss},
       .multi_tensor = isa->multi_tensor,
+      .expression = isa->expression,
       .workspace_size = workspace_size,
       .packing = hm_cpu_packing,
       .pack = hm_cpu_pack,

@@ -7,6 +7,7 @@
  *   DIRECT  one oneDNN primitive on the operands as they lie (f32; bf16 where the processor multiplies it)
  *   CHUNKS  images in chunks: converted to float32, the float32 primitive, the result rounded once; weight gradients of
  *           the chunks are added in float32 in order
+ *   FIXED   weight gradients under hm.use_deterministic: chunks dealt out to a fixed number of lanes, whose sums are added in order
  * In a weight gradient a NaN or infinity may also meet the zeros of the padding: more elements become NaN than in exact
  * arithmetic, never fewer.
  * Memory comes from call->workspace; hm_cpu_conv_workspace() makes the same plan and tells its size.
@@ -17,7 +18,7 @@
 
 enum { CHUNK_BYTES = 768 << 10 }; /* float32 images of one chunk, both sides: they stay in cache */
 
-typedef enum way { WAY_F64, WAY_DIRECT, WAY_CHUNKS } way;
+typedef enum way { WAY_F64, WAY_DIRECT, WAY_CHUNKS, WAY_FIXED } way;
 
 /* One call.  x and out are the operands or the gradients by them, whichever way data flows. */
 typedef struct conv {
@@ -34,6 +35,10 @@ typedef struct plan {
   hm_chunks chunks;
   size_t x_at, weight_at, out_at, bias_at, sum_at, scratch_at, bytes; /* offsets in the workspace */
   bool x_staged, out_staged, weight_staged;
+  /* FIXED: the offsets are within a lane's part of the workspace */
+  hm_prim *lane[HM_LANES];
+  int lanes;
+  size_t lane_bytes;
 } plan;
 
 /* ====== Reading the call ====== */
@@ -157,6 +162,14 @@ static hm_chunks image_chunks(const hm_conv_desc *d) {
   return hm_chunk(d->n, 4 * (x_image(d) + out_image(d)), weights > CHUNK_BYTES ? weights : CHUNK_BYTES, 1);
 }
 
+static int no_primitive(const conv *c, const plan *l) {
+  return hm_cpu_fail(
+      HM_ERR_UNSUPPORTED,
+      "%s: oneDNN has no fast float32 convolution of [%lld,%lld,%lld,%lld] with [%lld,%lld,%lld,%lld] (%s)", c->name,
+      (long long)l->d.n, (long long)l->d.c, (long long)l->d.h, (long long)l->d.w, (long long)l->d.o,
+      (long long)(l->d.c / l->d.groups), (long long)l->d.kh, (long long)l->d.kw, l->prim->impl);
+}
+
 static int plan_chunks(const conv *c, plan *l) {
   l->way = WAY_CHUNKS;
   l->d = c->d;
@@ -165,18 +178,49 @@ static int plan_chunks(const conv *c, plan *l) {
   l->d.x_dtype = l->d.weight_dtype = l->d.out_dtype = HM_F32;
   const int status = find_prim(c, l);
   if (status) return status;
-  if (!l->prim->primitive)
-    return hm_cpu_fail(
-        HM_ERR_UNSUPPORTED,
-        "%s: oneDNN has no fast float32 convolution of [%lld,%lld,%lld,%lld] with [%lld,%lld,%lld,%lld] (%s)", c->name,
-        (long long)l->d.n, (long long)l->d.c, (long long)l->d.h, (long long)l->d.w, (long long)l->d.o,
-        (long long)(l->d.c / l->d.groups), (long long)l->d.kh, (long long)l->d.kw, l->prim->impl);
+  if (!l->prim->primitive) return no_primitive(c, l);
   const bool fill = c->d.kind == HM_CONV_WEIGHT && l->chunks.count > 1; /* the last chunk is filled up with zeros */
   l->x_staged = c->d.x_dtype != HM_F32 || fill;
   l->out_staged = c->d.out_dtype != HM_F32 || fill;
   if (l->x_staged) l->x_at = hm_take(&l->bytes, (size_t)(l->d.n * x_image(&l->d)) * 4);
   if (l->out_staged) l->out_at = hm_take(&l->bytes, (size_t)(l->d.n * out_image(&l->d)) * 4);
   take_common(c, l);
+  return HM_OK;
+}
+
+/* Finds the primitive of each lane. */
+static int find_lanes(const conv *c, plan *l) {
+  int status = HM_OK;
+  hm_prims_single_begin();
+  for (int i = 0; i < l->lanes && !status; i++) {
+    l->d.lane = i + 1;
+    status = find_prim(c, l);
+    l->lane[i] = l->prim;
+  }
+  hm_prims_single_end();
+  return status;
+}
+
+static int plan_fixed(const conv *c, plan *l) {
+  l->way = WAY_FIXED;
+  l->d = c->d;
+  const int64_t share = (c->d.n + HM_LANES - 1) / HM_LANES, most = image_chunks(&c->d).size;
+  l->d.n = share < most ? share : most;
+  l->chunks = (hm_chunks){(c->d.n + l->d.n - 1) / l->d.n, l->d.n};
+  l->lanes = l->chunks.count < HM_LANES ? (int)l->chunks.count : HM_LANES;
+  l->d.x_dtype = l->d.weight_dtype = l->d.out_dtype = HM_F32;
+  const int status = find_lanes(c, l);
+  if (status) return status;
+  if (!l->prim->primitive) return no_primitive(c, l);
+  const bool fill = c->d.n % l->d.n != 0; /* the last chunk is filled up with zeros */
+  l->x_staged = c->d.x_dtype != HM_F32 || fill;
+  l->out_staged = c->d.out_dtype != HM_F32 || fill;
+  if (l->x_staged) l->x_at = hm_take(&l->lane_bytes, (size_t)(l->d.n * x_image(&l->d)) * 4);
+  if (l->out_staged) l->out_at = hm_take(&l->lane_bytes, (size_t)(l->d.n * out_image(&l->d)) * 4);
+  l->weight_at = hm_take(&l->lane_bytes, l->prim->weight_bytes);
+  l->sum_at = hm_take(&l->lane_bytes, l->prim->weight_bytes);
+  l->scratch_at = hm_take(&l->lane_bytes, l->prim->scratch);
+  l->bytes = l->lane_bytes * (size_t)l->lanes;
   return HM_OK;
 }
 
@@ -188,6 +232,7 @@ static int make_plan(const conv *c, plan *l) {
     l->way = WAY_F64;
     return HM_OK;
   }
+  if (c->d.kind == HM_CONV_WEIGHT && hm_cpu_is_deterministic()) return plan_fixed(c, l);
   if (plain_f32(c) || native_bf16(c)) {
     const int status = plan_direct(c, l);
     if (status || l->prim) return status;
@@ -274,6 +319,46 @@ static int run_weight(const conv *c, const plan *l, char *ws) {
   }
   if (!status) hm_prim_unpack_weight(l->prim, d, c->weight, (int)c->d.weight_dtype, sum);
   return status;
+}
+
+/* n images of one side as float32 on this thread, and zeros up to `full`. */
+static char *lane_images(char *room, char *src, int dtype, int64_t image, int64_t n, int64_t full) {
+  hm_cpu_isa()->convert(room, HM_F32, src, dtype, n * image);
+  if (n < full) memset(room + n * image * 4, 0, (size_t)((full - n) * image) * 4);
+  return room;
+}
+
+/* The chunks of one lane: i, i + lanes, ...; their sum in the lane's workspace. */
+static int run_lane(const conv *c, const plan *l, int lane, char *ws) {
+  const hm_conv_desc *d = &l->d;
+  const int64_t xi = x_image(d), oi = out_image(d), elements = (int64_t)(l->prim->weight_bytes / 4);
+  float *part = (float *)(void *)(ws + l->weight_at), *sum = (float *)(void *)(ws + l->sum_at);
+  int status = HM_OK;
+  for (int64_t i = lane; i < l->chunks.count && !status; i += l->lanes) {
+    const int64_t first = i * d->n, n = c->d.n - first < d->n ? c->d.n - first : d->n;
+    char *x = c->x + first * xi * hm_dtype_size((int)c->d.x_dtype),
+         *out = c->out + first * oi * hm_dtype_size((int)c->d.out_dtype);
+    if (l->x_staged) x = lane_images(ws + l->x_at, x, (int)c->d.x_dtype, xi, n, d->n);
+    if (l->out_staged) out = lane_images(ws + l->out_at, out, (int)c->d.out_dtype, oi, n, d->n);
+    void *const data[HM_PRIM_ARGS] = {x, i == lane ? sum : part, out, NULL};
+    status = hm_prim_execute(c->name, l->lane[lane], data, ws + l->scratch_at);
+    for (int64_t e = 0; e < elements && i != lane && !status; e++) sum[e] += part[e];
+  }
+  return status;
+}
+
+/* Gradient by the weight, the same bits for any number of threads. */
+static int run_fixed(const conv *c, const plan *l, char *ws) {
+  int failed = 0;
+#pragma omp parallel for schedule(static, 1) num_threads(hm_cpu_get_features()->threads) reduction(| : failed)
+  for (int i = 0; i < l->lanes; i++) failed |= run_lane(c, l, i, ws + (size_t)i * l->lane_bytes) != HM_OK;
+  if (failed) return hm_cpu_fail(HM_ERR_INTERNAL, "%s: a piece of the gradient failed in oneDNN", c->name);
+  float *sum = (float *)(void *)(ws + l->sum_at);
+  for (int i = 1; i < l->lanes; i++)
+    add_into(sum, (const float *)(const void *)(ws + (size_t)i * l->lane_bytes + l->sum_at),
+             (int64_t)(l->prim->weight_bytes / 4));
+  hm_prim_unpack_weight(l->prim, &l->d, c->weight, (int)c->d.weight_dtype, sum);
+  return HM_OK;
 }
 
 /* Sums without terms: zeros, or the bias in each place. */
@@ -417,6 +502,7 @@ int hm_cpu_conv(const hm_kernel_call *call) {
   char *ws = call->workspace;
   if (l.way == WAY_F64) return run_f64(&c);
   if (l.way == WAY_DIRECT) return run_direct(&c, &l, ws);
+  if (l.way == WAY_FIXED) return run_fixed(&c, &l, ws);
   return c.d.kind == HM_CONV_WEIGHT ? run_weight(&c, &l, ws) : run_images(&c, &l, ws);
 }
 

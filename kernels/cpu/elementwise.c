@@ -1,7 +1,7 @@
 /*
  * elementwise.c -- the engine that feeds the generated formulas.
  *
- * build/gen/tiles.h has, for each elementwise op, a loop over contiguous elements in float32, float64 and int64.  The engine brings any mix of
+ * tiles.h has, for each elementwise op, a loop over contiguous elements in float32, float64 and int64.  The engine brings any mix of
  * dtypes, strides, broadcasts and numbers to them: dims are joined where they can be, and the rest is cut into tiles.  An operand that already lies
  * contiguous in the type computed in is used where it lies; others are gathered and converted into buffers in L1, and the result is
  * converted and scattered out.  Compiled once per instruction set; its entry is called through hm_isa.elementwise; owns no memory.
@@ -9,19 +9,11 @@
 #include "../half.h"
 #include "isa.h"
 #include "layout.h"
+#include "tiles.h"
 
 #include <omp.h>
 
-typedef void (*hm_tile_f32)(int64_t n, float *o, const float *const *a, const hm_attr *attr);
-typedef void (*hm_tile_f64)(int64_t n, double *o, const double *const *a, const hm_attr *attr);
-typedef void (*hm_tile_i64)(int64_t n, int64_t *o, const int64_t *const *a, const hm_attr *attr);
-typedef struct hm_tile {
-  hm_tile_f32 f32;
-  hm_tile_f64 f64;
-  hm_tile_i64 i64;
-} hm_tile;
-
-#include "tiles.h"
+#include "tiles_hot.h"
 
 enum {
   TILE_BYTES = 4096,   /* one buffer */
@@ -49,7 +41,8 @@ typedef struct operand {
 
 /* One call, as the threads share it. */
 typedef struct job {
-  const hm_tile *fn;
+  hm_tile fn;
+  const hm_program *program; /* instead of fn, or NULL */
   const hm_attr *attr;
   int dtype, size; /* computed in */
   int n_in;
@@ -173,9 +166,10 @@ static bool has_zero(const int64_t *x, int64_t n) {
 }
 
 static void apply(const job *j, int64_t n, void *o, const void *const *in) {
-  if (j->dtype == HM_F32) j->fn->f32(n, o, (const float *const *)in, j->attr);
-  else if (j->dtype == HM_F64) j->fn->f64(n, o, (const double *const *)in, j->attr);
-  else j->fn->i64(n, o, (const int64_t *const *)in, j->attr);
+  if (j->program) HM_ISA_FN(hm_cpu_expression_tile)(j->program, j->dtype, n, o, in);
+  else if (j->dtype == HM_F32) j->fn.f32(n, o, (const float *const *)in, j->attr);
+  else if (j->dtype == HM_F64) j->fn.f64(n, o, (const double *const *)in, j->attr);
+  else j->fn.i64(n, o, (const int64_t *const *)in, j->attr);
 }
 
 /* Computes one tile; at[k] is where it begins in operand k.  False: a division by zero. */
@@ -293,6 +287,7 @@ static void set_tiles(job *j) {
 
 static bool run_threads(const job *j, int64_t numel) {
   int64_t bytes = 8; /* of traffic and arithmetic per element */
+  if (j->program) bytes += 8 * j->program->n_steps;
   for (int k = 0; k <= j->n_in; k++) bytes += j->arg[k].is_const ? 0 : j->arg[k].size;
   int threads = hm_cpu_threads(numel, bytes);
   if (threads > j->tiles) threads = (int)j->tiles;
@@ -307,24 +302,44 @@ static bool run_threads(const job *j, int64_t numel) {
   return !failed;
 }
 
+/* Sets up the rest of a job whose loop, dtype and function are set, and runs it; false: an integer division by zero. */
+static bool start(job *j, const hm_kernel_call *call, int64_t numel) {
+  j->attr = call->attr;
+  j->size = hm_dtype_size(j->dtype);
+  j->n_in = call->n_in;
+  set_operand(j, 0, &call->out[0]);
+  for (int i = 0; i < j->n_in; i++) set_operand(j, 1 + i, &call->in[i]);
+  set_tiles(j);
+  return run_threads(j, numel);
+}
+
+int HM_ISA_FN(hm_cpu_expression)(const hm_kernel_call *call, const hm_program *program) {
+  job j;
+  const int64_t numel = hm__loop_make(&j.loop, &call->out[0], call->n_in, call->in);
+  if (numel == 0) return HM_OK;
+  j.program = program;
+  j.dtype = call->compute;
+  j.check_zero = false;
+  (void)start(&j, call, numel);
+  return HM_OK;
+}
+
 int HM_ISA_FN(hm_cpu_elementwise)(const hm_kernel_call *call) {
   job j;
   const int64_t numel = hm__loop_make(&j.loop, &call->out[0], call->n_in, call->in);
-  j.fn = &hm_tiles[call->op];
+  j.program = NULL;
+  j.fn = hm_cold_tiles[call->op];
+  if (!j.fn.f32) j.fn.f32 = hm_hot_tiles[call->op];
   j.dtype = call->compute;
   const bool known =
-      j.dtype == HM_F32 ? j.fn->f32 != NULL : (j.dtype == HM_F64 ? j.fn->f64 != NULL : j.dtype == HM_I64 && j.fn->i64);
+      j.dtype == HM_F32 ? j.fn.f32 != NULL : (j.dtype == HM_F64 ? j.fn.f64 != NULL : j.dtype == HM_I64 && j.fn.i64);
   if (!known)
     return hm_cpu_fail(HM_ERR_DTYPE, "elementwise op %d: cannot be computed in %s", call->op,
                        hm_dtype_name(call->compute));
   if (numel == 0) return HM_OK;
-  j.attr = call->attr;
-  j.size = hm_dtype_size(j.dtype);
-  j.n_in = call->n_in;
   j.check_zero = j.dtype == HM_I64 && (call->op == HM_OP_FLOOR_DIVIDE || call->op == HM_OP_REMAINDER);
-  set_operand(&j, 0, &call->out[0]);
-  for (int i = 0; i < j.n_in; i++) set_operand(&j, 1 + i, &call->in[i]);
-  set_tiles(&j);
-  if (!run_threads(&j, numel)) return hm_cpu_fail(HM_ERR_ARG, "integer division by zero");
+  if (!start(&j, call, numel))
+    return hm_cpu_fail(HM_ERR_ARG, "%s: integer division by zero",
+                       call->op == HM_OP_REMAINDER ? "remainder" : "floor_divide");
   return HM_OK;
 }

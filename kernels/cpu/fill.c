@@ -10,13 +10,15 @@
  *     output's dtype has it;
  *   - normal_: elements 2k and 2k+1 are r cos t and r sin t with r = sqrt(-2 log u), t = 2 pi v, where u in (0, 1] comes from the first's
  *     bits and v in [0, 1) from the second's;
- *   - random_: low + (64 bits * (high - low)) / 2^64.
+ *   - random_: low + (64 bits * (high - low)) / 2^64;
+ *   - bernoulli_, dropout: an element is 1, or dropped, where its 32 bits are below p * 2^32, whatever the dtype.
  *
  * Compiled once per instruction set; called through hm_isa.fill and hm_isa.random; owns no memory.
  */
 #include <omp.h>
 
 #include "../half.h"
+#include "../philox.h"
 #include "isa.h"
 #include "layout.h"
 
@@ -54,6 +56,12 @@ struct task {
       int64_t low;
       uint64_t range;
     } random;
+    struct {
+      const hm_view *x; /* dropout's input */
+      bool x_row_major;
+      double keep; /* what stays is multiplied by */
+      uint64_t threshold;
+    } chance;
   };
 };
 
@@ -72,16 +80,35 @@ static int64_t count(const hm_view *v) {
   return n;
 }
 
-/* Stores n elements of the output's dtype at logical positions first, first + 1, ... of any layout. */
-static void store_strided(const hm_view *v, int64_t first, int64_t n, const char *values) {
-  const size_t size = (size_t)hm_dtype_size(v->dtype);
-  for (int64_t k = 0; k < n; k++) {
-    int64_t rest = first + k, at = 0;
-    for (int d = v->ndim - 1; d >= 0; d--) {
+/* n elements of `size` bytes, `step` elements apart in dst or in src; the other side is dense. */
+static void move_run(char *dst, int64_t to, const char *src, int64_t from, int size, int64_t n) {
+#define MOVE(T)                                                                                                        \
+  for (int64_t i = 0; i < n; i++) ((T *)dst)[i * to] = ((const T *)src)[i * from];                                     \
+  break
+  switch (size) {
+  case 1: MOVE(uint8_t);
+  case 2: MOVE(uint16_t);
+  case 4: MOVE(uint32_t);
+  default: MOVE(uint64_t);
+  }
+#undef MOVE
+}
+
+/* Moves n elements at logical positions first, first + 1, ... of a view of any layout from dense memory, or to it. */
+static void move_strided(const hm_view *v, int64_t first, int64_t n, char *dense, bool store) {
+  const int size = hm_dtype_size(v->dtype), last = v->ndim - 1;
+  const int64_t cols = last < 0 ? 1 : v->shape[last], step = last < 0 ? 1 : v->stride[last];
+  for (int64_t k = 0; k < n;) {
+    const int64_t col = (first + k) % cols, run = cols - col < n - k ? cols - col : n - k;
+    int64_t rest = (first + k) / cols, at = col * step;
+    for (int d = last - 1; d >= 0; d--) {
       at += rest % v->shape[d] * v->stride[d];
       rest /= v->shape[d];
     }
-    memcpy((char *)v->data + at * (int64_t)size, values + k * (int64_t)size, size);
+    char *const there = (char *)v->data + at * size, *const here = dense + k * size;
+    if (store) move_run(there, step, here, 1, size, run);
+    else move_run(here, 1, there, step, size, run);
+    k += run;
   }
 }
 
@@ -93,7 +120,7 @@ static void write_range(const task *t, int64_t first, int64_t last) {
     const int64_t n = last - i < BLOCK ? last - i : BLOCK;
     t->make(t, i, n, values);
     HM_ISA_FN(hm_cpu_convert)(t->row_major ? (char *)t->out->data + i * size : out, t->out->dtype, values, t->dtype, n);
-    if (!t->row_major) store_strided(t->out, i, n, out);
+    if (!t->row_major) move_strided(t->out, i, n, out, true);
   }
 }
 
@@ -237,20 +264,6 @@ int HM_ISA_FN(hm_cpu_fill)(const hm_kernel_call *call) {
 
 /* ====== Philox ====== */
 
-/* One block of four words: ten rounds over counter (c) with key (k0, k1), in place. */
-static inline void philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
-  for (int round = 0; round < 10; round++) {
-    const uint64_t a = (uint64_t)c[0] * 0xd2511f53u, b = (uint64_t)c[2] * 0xcd9e8d57u;
-    const uint32_t n0 = (uint32_t)(b >> 32) ^ c[1] ^ k0, n2 = (uint32_t)(a >> 32) ^ c[3] ^ k1;
-    c[0] = n0;
-    c[1] = (uint32_t)b;
-    c[2] = n2;
-    c[3] = (uint32_t)a;
-    k0 += 0x9e3779b9u;
-    k1 += 0xbb67ae85u;
-  }
-}
-
 /* The words of elements first ... first + n - 1 (first a multiple of 4; rounded up to whole blocks). */
 static void draw(const task *t, uint32_t stream, int64_t first, int64_t n, uint32_t *words) {
   const uint64_t counter = t->offset + (uint64_t)first / 4;
@@ -259,7 +272,7 @@ static void draw(const task *t, uint32_t stream, int64_t first, int64_t n, uint3
   for (int64_t j = 0; j < (n + 3) / 4; j++) {
     const uint64_t at = counter + (uint64_t)j;
     uint32_t c[4] = {(uint32_t)at, (uint32_t)(at >> 32), stream, 0};
-    philox(c, k0, k1);
+    hm_philox(c, k0, k1);
     words[4 * j] = c[0];
     words[4 * j + 1] = c[1];
     words[4 * j + 2] = c[2];
@@ -336,6 +349,47 @@ static void make_random(const task *t, int64_t first, int64_t n, void *values) {
   }
 }
 
+/* ====== bernoulli_, dropout ====== */
+
+static void make_bernoulli(const task *t, int64_t first, int64_t n, void *values) {
+  uint32_t words[BLOCK];
+  float *const v = values;
+  const uint64_t threshold = t->chance.threshold;
+  draw(t, 0, first, n, words);
+  for (int64_t k = 0; k < n; k++) v[k] = words[k] < threshold ? 1.0f : 0.0f;
+}
+
+/* Elements of dropout's input, in the type that is computed in. */
+static void read_input(const task *t, int64_t first, int64_t n, void *values) {
+  _Alignas(64) char raw[BLOCK * 8];
+  const hm_view *x = t->chance.x;
+  const char *from = raw;
+  if (t->chance.x_row_major) from = (const char *)x->data + first * hm_dtype_size(x->dtype);
+  else move_strided(x, first, n, raw, false);
+  HM_ISA_FN(hm_cpu_convert)(values, t->dtype, from, x->dtype, n);
+}
+
+static void make_dropout_f32(const task *t, int64_t first, int64_t n, void *values) {
+  uint32_t words[BLOCK];
+  float *const v = values;
+  const float keep = (float)t->chance.keep;
+  const uint64_t threshold = t->chance.threshold;
+  read_input(t, first, n, values);
+  draw(t, 0, first, n, words);
+  for (int64_t k = 0; k < n; k++) {
+    const float kept = v[k] * keep;
+    v[k] = words[k] < threshold ? 0.0f : kept;
+  }
+}
+
+static void make_dropout_f64(const task *t, int64_t first, int64_t n, void *values) {
+  uint32_t words[BLOCK];
+  double *const v = values;
+  read_input(t, first, n, values);
+  draw(t, 0, first, n, words);
+  for (int64_t k = 0; k < n; k++) v[k] = words[k] < t->chance.threshold ? 0.0 : v[k] * t->chance.keep;
+}
+
 /* The next number of a 16-bit format below a finite one. */
 static uint16_t half_below(uint16_t h) {
   if ((h & 0x7fffu) == 0) return 0x8001u;
@@ -386,8 +440,32 @@ static int random_integers(task *t, int64_t low, int64_t high) {
   return write_all(t, 32);
 }
 
+static int chance(task *t, const char *name, double p, const hm_view *x) {
+  if (!(p >= 0 && p <= 1)) return hm_cpu_fail(HM_ERR_ARG, "%s: p must be from 0 to 1, got %g", name, p);
+  t->chance.threshold = hm_philox_threshold(p);
+  t->chance.keep = 1 / (1 - p);
+  t->chance.x = x;
+  t->chance.x_row_major = x && is_row_major(x);
+  if (x) t->make = t->dtype == HM_F64 ? make_dropout_f64 : make_dropout_f32;
+  else t->make = make_bernoulli;
+  return write_all(t, 16);
+}
+
+/* Rows whose rng is their second attribute. */
+static int draw_chances(task *t, const hm_kernel_call *call) {
+  t->seed = (uint64_t)call->attr[1].v[0];
+  t->offset = (uint64_t)call->attr[1].v[1];
+  if (call->op == HM_OP_DROPOUT) {
+    t->dtype = call->compute == HM_F64 ? HM_F64 : HM_F32;
+    return chance(t, "dropout", call->attr[0].f, &call->in[0]);
+  }
+  t->dtype = HM_F32;
+  return chance(t, "bernoulli_", call->attr[0].f, NULL);
+}
+
 int HM_ISA_FN(hm_cpu_random)(const hm_kernel_call *call) {
   task t = {.out = &call->out[0], .dtype = call->out[0].dtype == HM_F64 ? HM_F64 : HM_F32};
+  if (call->op == HM_OP_DROPOUT || call->op == HM_OP_BERNOULLI_) return draw_chances(&t, call);
   t.seed = (uint64_t)call->attr[2].v[0];
   t.offset = (uint64_t)call->attr[2].v[1];
   const hm_attr *const a = call->attr;

@@ -1,7 +1,7 @@
 /*
  * isa.h -- one instruction set's worth of kernels.
  *
- * Hot files (convert.c elementwise.c copy.c fill.c reduce.c norm.c loss.c pool.c multi.c index.c) are compiled three times, with
+ * Hot files (convert.c elementwise.c copy.c fill.c reduce.c norm.c rownorm.c normalize.c loss.c pool.c resample.c multi.c) are compiled three times, with
  * -DHM_ISA=baseline, avx2 and avx512.  Each defines its functions as `HM_ISA_FN(name)`, which becomes name_avx2 and so on, and
  * never anything else with external linkage.  isa.c (also compiled three times) gathers them into one table; backend.c picks a table once.
  * Files that are compiled once (backend.c onednn.c matmul.c conv.c) reach the chosen one through hm_cpu_isa().
@@ -12,7 +12,7 @@
 #ifndef HM_CPU_ISA_H
 #define HM_CPU_ISA_H
 
-#include "../kernels.h"
+#include "../expression.h"
 
 #define HM_ISA_JOIN_(name, isa) name##_##isa
 #define HM_ISA_JOIN(name, isa) HM_ISA_JOIN_(name, isa)
@@ -29,15 +29,18 @@ typedef struct hm_isa {
 
   /* Families. */
   int (*elementwise)(
-      const hm_kernel_call *call);         /* elementwise.c: generated tile functions and the engine that feeds them */
-  int (*copy)(const hm_kernel_call *call); /* copy.c: cast, copy_ */
-  int (*fill)(const hm_kernel_call *call); /* fill.c: fill_, arange_, eye_ */
-  int (*random)(const hm_kernel_call *call);      /* fill.c: uniform_, normal_, random_ */
-  int (*reduce)(const hm_kernel_call *call);      /* reduce.c */
-  int (*index)(const hm_kernel_call *call);       /* index.c: select_backward */
-  int (*norm)(const hm_kernel_call *call);        /* norm.c: softmax and log_softmax, with gradients */
-  int (*loss)(const hm_kernel_call *call);        /* loss.c: cross_entropy, with gradient */
-  int (*pool)(const hm_kernel_call *call);        /* pool.c: max_pool2d, with gradient */
+      const hm_kernel_call *call); /* elementwise.c: generated tile functions and the engine that feeds them */
+  int (*expression)(const hm_kernel_call *call,
+                    const hm_program *program); /* elementwise.c's engine on a program's tiles (expression.c) */
+  int (*copy)(const hm_kernel_call *call);      /* copy.c: cast, copy_ */
+  int (*fill)(const hm_kernel_call *call);      /* fill.c: fill_, arange_, eye_ */
+  int (*random)(const hm_kernel_call *call);    /* fill.c: uniform_, normal_, random_ */
+  int (*reduce)(const hm_kernel_call *call);    /* reduce.c, spread.c */
+  int (*norm)(
+      const hm_kernel_call *call); /* norm.c, rownorm.c, normalize.c: softmax and normalizations, with gradients */
+  int (*loss)(const hm_kernel_call *call);        /* loss.c: cross_entropy, with gradient; the rest goes on to nll.c */
+  int (*attention)(const hm_kernel_call *call);   /* attention.c: attention by blocks, with gradient */
+  int (*pool)(const hm_kernel_call *call);        /* pool.c, resample.c: pooling and interpolation, with gradients */
   int (*multi_tensor)(const hm_multi_call *call); /* multi.c: check, unscale, scale, sgd, adam */
 } hm_isa;
 
@@ -45,14 +48,21 @@ typedef struct hm_isa {
 /* The entries of this variant's table, each in the file named above; isa.c gathers them. */
 void HM_ISA_FN(hm_cpu_convert)(void *dst, int dst_dtype, const void *src, int src_dtype, int64_t n);
 int HM_ISA_FN(hm_cpu_elementwise)(const hm_kernel_call *call);
+int HM_ISA_FN(hm_cpu_expression)(const hm_kernel_call *call, const hm_program *program);
+/* The program over n dense elements; dtype: F32, F64 or I64. */
+void HM_ISA_FN(hm_cpu_expression_tile)(const hm_program *program, int dtype, int64_t n, void *o, const void *const *in);
 int HM_ISA_FN(hm_cpu_copy)(const hm_kernel_call *call);
 int HM_ISA_FN(hm_cpu_fill)(const hm_kernel_call *call);
 int HM_ISA_FN(hm_cpu_random)(const hm_kernel_call *call);
 int HM_ISA_FN(hm_cpu_reduce)(const hm_kernel_call *call);
-int HM_ISA_FN(hm_cpu_index)(const hm_kernel_call *call);
+int HM_ISA_FN(hm_cpu_spread)(const hm_kernel_call *call); /* spread.c: what reduce.c hands on */
 int HM_ISA_FN(hm_cpu_norm)(const hm_kernel_call *call);
+int HM_ISA_FN(hm_cpu_normalize)(const hm_kernel_call *call);    /* rownorm.c: what norm.c hands on */
+int HM_ISA_FN(hm_cpu_channel_norm)(const hm_kernel_call *call); /* normalize.c: what rownorm.c hands on */
 int HM_ISA_FN(hm_cpu_loss)(const hm_kernel_call *call);
+int HM_ISA_FN(hm_cpu_attention)(const hm_kernel_call *call);
 int HM_ISA_FN(hm_cpu_pool)(const hm_kernel_call *call);
+int HM_ISA_FN(hm_cpu_resample)(const hm_kernel_call *call); /* resample.c: what pool.c hands on */
 int HM_ISA_FN(hm_cpu_multi_tensor)(const hm_multi_call *call);
 #endif
 
@@ -76,8 +86,23 @@ int hm_cpu_matmul(const hm_kernel_call *call);
 int hm_cpu_conv(const hm_kernel_call *call);
 int hm_cpu_matmul_workspace(const hm_kernel_call *call, size_t *bytes);
 int hm_cpu_conv_workspace(const hm_kernel_call *call, size_t *bytes);
+/* Family index (index.c), compiled once, and its scratch memory. */
+int hm_cpu_index(const hm_kernel_call *call);
+int hm_cpu_index_workspace(const hm_kernel_call *call, size_t *bytes);
 /* Scratch memory of a reduction (reduce.c): partial results of large ones.  The same for every instruction set. */
 int hm_cpu_reduce_workspace(const hm_kernel_call *call, size_t *bytes);
+int hm_cpu_spread_workspace(const hm_kernel_call *call, size_t *bytes); /* likewise for var, std, norm, logsumexp */
+/* Scans along a dim (scan.c), compiled once, and their scratch memory. */
+int hm_cpu_scan(const hm_kernel_call *call);
+int hm_cpu_scan_workspace(const hm_kernel_call *call, size_t *bytes);
+/* attention.c: scratch memory of its threads, and float64, which all instruction sets share. */
+int hm_cpu_attention_workspace(const hm_kernel_call *call, size_t *bytes);
+int hm_cpu_attention_f64(const hm_kernel_call *call);
+/* nll_loss (nll.c), compiled once: what loss.c hands on. */
+int hm_cpu_nll(const hm_kernel_call *call);
+/* Scratch memory of batch, layer, rms and group norm (rownorm.c, normalize.c): likewise. */
+int hm_cpu_normalize_workspace(const hm_kernel_call *call, size_t *bytes);
+int hm_cpu_channel_norm_workspace(const hm_kernel_call *call, size_t *bytes); /* its part in normalize.c */
 int hm_cpu_packing(const hm_kernel_call *call, int arg, hm_packing *out);
 int hm_cpu_pack(const hm_kernel_call *call, int arg, void *dst);
 /* Called once by backend.c before the first primitive: limits oneDNN to the instruction set chosen. */

@@ -1,7 +1,7 @@
 /*
  * loss.c -- cross entropy with softmax fused in, and its gradient.
  *
- * Compiled once per instruction set.  Called through hm_isa.loss.
+ * Compiled once per instruction set.  Called through hm_isa.loss; nll_loss goes on to nll.c.
  *
  * Logits are rows along the class dim, taken in blocks as in norm.c.  The forward op keeps each row's log of the sum
  * of exponentials (lse); the gradient takes exp(x - lse) and divides by its sum, which removes the rounding of lse.
@@ -306,8 +306,7 @@ static void run_forward(const work *w, int64_t pieces, int64_t piece, int thread
 
 int HM_ISA_FN(hm_cpu_loss)(const hm_kernel_call *call) {
   const bool backward = call->op == HM_OP_CROSS_ENTROPY_BACKWARD;
-  if (!backward && call->op != HM_OP_CROSS_ENTROPY)
-    return hm_cpu_fail(HM_ERR_UNSUPPORTED, "the cpu backend has no loss with op id %d", call->op);
+  if (!backward && call->op != HM_OP_CROSS_ENTROPY) return hm_cpu_nll(call);
   const hm_view *x = &call->in[backward ? 1 : 0];
   work w = {.call = call,
             .target = &call->in[backward ? 2 : 1],

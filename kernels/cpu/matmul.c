@@ -2,7 +2,7 @@
  * matmul.c -- family matmul: matmul, linear and linear's gradients by input and by weight.
  *
  * All four are one thing: out[b] = x[b] * y[b] + bias, with x and y as strided matrices (linear's weight is a
- * transposed y).  A call takes one of five ways, chosen from dtypes, shapes and strides alone:
+ * transposed y).  A call takes one of six ways, chosen from dtypes, shapes and strides alone:
  *   F64     plain loops in double; also the reference that the others are tested against
  *   TINY    float32 loops on the stack, where a primitive would cost more than the product
  *   DIRECT  one oneDNN primitive on the operands as they lie (f32; bf16 where the processor multiplies it)
@@ -10,6 +10,7 @@
  *           or slow it down) and the result rounded once: along the rows of x, or along the inner dim with partial sums
  *           added in order
  *   GROUPS  the same for many small products: a chunk is a group of them
+ *   FIXED   under hm.use_deterministic: rows or columns of the result in fixed pieces, each by one thread
  * Memory comes from call->workspace; hm_cpu_matmul_workspace() makes the same plan and tells its size.
  */
 #include <string.h>
@@ -26,7 +27,7 @@ enum {
   ALIAS_MOST = 1 << 24 /* elements; a larger copy would cost too much memory */
 };
 
-typedef enum way { WAY_F64, WAY_TINY, WAY_DIRECT, WAY_CHUNKS, WAY_GROUPS } way;
+typedef enum way { WAY_F64, WAY_TINY, WAY_DIRECT, WAY_CHUNKS, WAY_GROUPS, WAY_FIXED } way;
 
 /* One matrix, or a batch of them. */
 typedef struct matrix {
@@ -44,6 +45,7 @@ typedef struct product {
   matrix x, y, out; /* m*k, k*n, m*n; out is dense, row-major */
   void *bias;       /* [n] or NULL */
   int bias_dtype;
+  int lane; /* which primitive of several alike; 0 for the only one */
 } product;
 
 typedef struct plan {
@@ -54,6 +56,10 @@ typedef struct plan {
   hm_chunks chunks;
   hm_prim *prim, *add;                                   /* add: the same, accumulating (by_k after the first chunk) */
   size_t x_at, y_at, out_at, bias_at, scratch_at, bytes; /* offsets in the workspace */
+  hm_prim
+      *lane[HM_LANES]; /* FIXED: a primitive for each piece of chunks.size rows or columns, the last may be smaller */
+  bool by_columns;
+  size_t lane_scratch;
 } plan;
 
 /* ====== Reading the call ====== */
@@ -199,6 +205,7 @@ static int find_prim(const product *p, const matrix *x, const matrix *y, const m
   d.x_dtype = x->dtype, d.y_dtype = y->dtype, d.out_dtype = out->dtype;
   d.bias_dtype = p->bias ? HM_F32 : HM_NONE;
   d.accumulate = accumulate;
+  d.lane = p->lane;
   for (int i = 0; i < batch_dims; i++) {
     d.x_shape[i] = x->batch[i] ? batch_shape[i] : 1,
     d.x_stride[i] = x->batch[i] ? x->batch[i] : max64(m * x->rs, k * x->cs);
@@ -320,6 +327,57 @@ static int plan_groups(const product *p, plan *l) {
   return HM_OK;
 }
 
+/* Rows (or columns) of a fixed piece: few enough for all lanes to have one, enough for a primitive. */
+static hm_chunks fixed_pieces(int64_t total) {
+  enum { LEAST = 32 };
+  const int64_t size = max64((total + HM_LANES - 1) / HM_LANES, LEAST);
+  return (hm_chunks){(total + size - 1) / size, size};
+}
+
+static int find_lanes(const product *p, plan *l, const matrix *x, const matrix *y, const matrix *out) {
+  product q = *p;
+  const int64_t total = l->by_columns ? p->n : p->m;
+  int status = HM_OK;
+  hm_prims_single_begin();
+  for (int i = 0; i < l->chunks.count && !status; i++) {
+    q.lane = i + 1;
+    const int64_t size = min64(l->chunks.size, total - i * l->chunks.size);
+    if (l->by_columns) q.n = size;
+    status = find_prim(&q, x, y, out, l->by_columns ? p->m : size, p->k, 0, NULL, false, &l->lane[i]);
+    if (!status && !l->lane[i]->primitive) {
+      l->prim = l->lane[i];
+      status = no_primitive(p, l);
+    }
+  }
+  hm_prims_single_end();
+  return status;
+}
+
+/* One product; bit for bit the same for any number of threads. */
+static int plan_fixed(const product *p, plan *l) {
+  l->way = WAY_FIXED;
+  l->x_staged = p->x.dtype != HM_F32 || !regular(&p->x, p->m, p->k);
+  l->y_staged = p->y.dtype != HM_F32 || !regular(&p->y, p->k, p->n);
+  l->out_staged = p->out.dtype != HM_F32;
+  l->by_columns = p->n > p->m;
+  l->chunks = fixed_pieces(l->by_columns ? p->n : p->m);
+  const matrix x = l->x_staged ? copy_like(&p->x, p->m, p->k) : p->x,
+               y = l->y_staged ? copy_like(&p->y, p->k, p->n) : p->y;
+  matrix out = p->out;
+  out.dtype = HM_F32;
+  const int status = find_lanes(p, l, &x, &y, &out);
+  if (status) return status;
+  l->bias_at = hm_take(&l->bytes, bias_room(p));
+  if (l->x_staged) l->x_at = hm_take(&l->bytes, (size_t)x.batch[0] * 4);
+  if (l->y_staged) l->y_at = hm_take(&l->bytes, (size_t)y.batch[0] * 4);
+  if (l->out_staged) l->out_at = hm_take(&l->bytes, (size_t)(p->m * p->n) * 4);
+  for (int i = 0; i < l->chunks.count; i++)
+    l->lane_scratch = l->lane[i]->scratch > l->lane_scratch ? l->lane[i]->scratch : l->lane_scratch;
+  l->lane_scratch = hm_round64(l->lane_scratch);
+  l->scratch_at = hm_take(&l->bytes, l->lane_scratch * (size_t)l->chunks.count);
+  return HM_OK;
+}
+
 static bool is_tiny(const product *p) {
   const int64_t limit = TINY_LIMIT;
   return p->batches == 1 && p->m <= limit && p->n <= limit && p->k <= limit && p->m * p->k <= limit &&
@@ -339,6 +397,7 @@ static int make_plan(const product *p, plan *l) {
     l->way = WAY_TINY;
     return HM_OK;
   }
+  if (hm_cpu_is_deterministic() && p->batches == 1) return plan_fixed(p, l);
   const bool f32 = p->x.dtype == HM_F32 && p->y.dtype == HM_F32 && p->out.dtype == HM_F32;
   const bool slow = f32 && p->batches == 1 && (aliased_x(p) || aliased_y(p));
   if ((f32 || native_bf16(p)) && !slow && regular(&p->x, p->m, p->k) && regular(&p->y, p->k, p->n)) {
@@ -502,6 +561,33 @@ static int run_groups(const product *p, const plan *l, char *ws) {
   return status;
 }
 
+/* Rows or columns of the result in fixed pieces, shared out to the threads. */
+static int run_fixed(const product *p, const plan *l, char *ws) {
+  matrix x = p->x, y = p->y;
+  char *out = l->out_staged ? ws + l->out_at : p->out.data, *bias = stage_bias(p, l, ws);
+  if (l->x_staged) {
+    stage((float *)(void *)(ws + l->x_at), &p->x, x.data, p->m, p->k, true);
+    x = copy_like(&p->x, p->m, p->k);
+    x.data = ws + l->x_at;
+  }
+  if (l->y_staged) {
+    stage((float *)(void *)(ws + l->y_at), &p->y, y.data, p->k, p->n, true);
+    y = copy_like(&p->y, p->k, p->n);
+    y.data = ws + l->y_at;
+  }
+  int failed = 0;
+#pragma omp parallel for schedule(static, 1) num_threads(hm_cpu_get_features()->threads) reduction(| : failed)
+  for (int64_t i = 0; i < l->chunks.count; i++) {
+    const int64_t at = i * l->chunks.size, row = l->by_columns ? 0 : at, col = l->by_columns ? at : 0;
+    void *const data[HM_PRIM_ARGS] = {x.data + row * x.rs * 4, y.data + col * y.cs * 4, out + (row * p->n + col) * 4,
+                                      bias ? bias + col * 4 : NULL};
+    failed |= hm_prim_execute(p->name, l->lane[i], data, ws + l->scratch_at + (size_t)i * l->lane_scratch) != HM_OK;
+  }
+  if (failed) return hm_cpu_fail(HM_ERR_INTERNAL, "%s: a piece of the product failed in oneDNN", p->name);
+  if (l->out_staged) hm_convert_many(p->out.data, p->out.dtype, out, HM_F32, p->m * p->n);
+  return HM_OK;
+}
+
 /* A small strided matrix to row-major float32. */
 static const float *tiny_operand(float *room, const matrix *a, int64_t rows, int64_t cols) {
   if (a->dtype == HM_F32 && a->cs == 1 && (a->rs == cols || rows == 1)) return (const float *)(const void *)a->data;
@@ -586,29 +672,44 @@ int hm_cpu_matmul_workspace(const hm_kernel_call *call, size_t *bytes) {
   *bytes = 0;
   int status = read_call(call, &p);
   if (status || is_empty(&p) || p.k == 0) return status;
+  const bool single = hm_cpu_is_deterministic() && p.batches > 1; /* primitives for one thread */
+  if (single) hm_prims_single_begin();
   status = make_plan(&p, &l);
+  if (single) hm_prims_single_end();
   *bytes = l.bytes;
   return status;
 }
 
+static int run(const product *p, const plan *l, char *ws) {
+  switch (l->way) {
+  case WAY_F64: return run_f64(p);
+  case WAY_TINY: return run_tiny(p);
+  case WAY_DIRECT: return run_direct(p, l, ws);
+  case WAY_CHUNKS: return run_chunks(p, l, ws);
+  case WAY_GROUPS: return run_groups(p, l, ws);
+  case WAY_FIXED: return run_fixed(p, l, ws);
+  }
+  return hm_cpu_fail(HM_ERR_INTERNAL, "%s: no way chosen", p->name);
+}
+
+static int plan_and_run(const product *p, const hm_kernel_call *call) {
+  plan l;
+  const int status = make_plan(p, &l);
+  if (status) return status;
+  if (l.bytes > call->workspace_bytes)
+    return hm_cpu_fail(HM_ERR_INTERNAL, "%s: needs %zu bytes of workspace, has %zu", p->name, l.bytes,
+                       call->workspace_bytes);
+  return run(p, &l, call->workspace);
+}
+
 int hm_cpu_matmul(const hm_kernel_call *call) {
   product p;
-  plan l;
   int status = read_call(call, &p);
   if (status || is_empty(&p)) return status;
   if (p.k == 0) return run_no_inner(&p);
-  status = make_plan(&p, &l);
-  if (status) return status;
-  if (l.bytes > call->workspace_bytes)
-    return hm_cpu_fail(HM_ERR_INTERNAL, "%s: needs %zu bytes of workspace, has %zu", p.name, l.bytes,
-                       call->workspace_bytes);
-  char *ws = call->workspace;
-  switch (l.way) {
-  case WAY_F64: return run_f64(&p);
-  case WAY_TINY: return run_tiny(&p);
-  case WAY_DIRECT: return run_direct(&p, &l, ws);
-  case WAY_CHUNKS: return run_chunks(&p, &l, ws);
-  case WAY_GROUPS: return run_groups(&p, &l, ws);
-  }
-  return hm_cpu_fail(HM_ERR_INTERNAL, "%s: no way chosen", p.name);
+  const bool single = hm_cpu_is_deterministic() && p.batches > 1;
+  if (single) hm_prims_single_begin();
+  status = plan_and_run(&p, call);
+  if (single) hm_prims_single_end();
+  return status;
 }

@@ -12,12 +12,14 @@
  * value that is not finite, or whose squares would leave the range of f32, is gone over again, one value at a time,
  * in double.
  *
- * Formulas and the order of operations are PyTorch's: moments move by lerp, second moments by mul and addcmul,
- * parameters by addcdiv.
+ * The exponent histogram, where one is asked for, is counted from a block while it is in cache, before anything else.
+ *
+ * The rules of the updates stand in kernels/rules.h.
  */
 #include <float.h>
+#include <math.h>
 
-#include "../math.h"
+#include "../rules.h"
 #include "vec.h"
 
 enum { BLOCK = 16384, WAVE = 512, PIECE = 512 };
@@ -107,7 +109,77 @@ static double limit_of(int dtype) {
   }
 }
 
-/* dst = src * a, or -(src * a) */
+/* Counts of a block by the 8 exponent bits of float32, four neighbours apart: equal ones in a row do not wait for each
+ * other.  [..][0] has zeros and subnormals, [..][255] what is not finite. */
+typedef struct tally {
+  uint32_t count[4][HM_HISTOGRAM];
+  int64_t zeros;
+} tally;
+
+static void tally_piece_f32(tally *t, const float *g, int64_t n, float inv, double limit) {
+  uint8_t bin[PIECE];
+  int32_t zeros = 0;
+  int64_t i = 0;
+  for (int64_t k = 0; k < n; k++) {
+    const float x = g[k] * inv, size = hm_abs_f32(x);
+    bin[k] = (uint8_t)(hm_f32_bits(size < (float)limit ? size : INFINITY) >> 23);
+    zeros += x == 0;
+  }
+  t->zeros += zeros;
+  for (; i + 4 <= n; i += 4) {
+    t->count[0][bin[i]]++;
+    t->count[1][bin[i + 1]]++;
+    t->count[2][bin[i + 2]]++;
+    t->count[3][bin[i + 3]]++;
+  }
+  for (; i < n; i++) t->count[0][bin[i]]++;
+}
+
+/* The nearest value that float32 counts where g belongs. */
+static void tally_piece_f64(tally *t, const double *g, int64_t n, double inv) {
+  for (int64_t i = 0; i < n; i++) {
+    const double u = fabs(g[i] * inv);
+    int exponent;
+    if (u == 0) t->zeros++;
+    if (!(u <= DBL_MAX)) continue;
+    (void)frexp(u, &exponent); /* u = f * 2^exponent, f from 1/2 to 1 */
+    const int bin = u == 0 || exponent < -125 ? 0 : exponent > 128 ? 254 : exponent + 126;
+    t->count[i & 3][bin]++;
+  }
+}
+
+/* Adds a block's counts to its item's: whole numbers, so the order does not matter. */
+static void add_tally(int64_t *histogram, const tally *t) {
+  for (int b = 0; b < HM_HISTOGRAM; b++) {
+    int64_t n = (int64_t)t->count[0][b] + t->count[1][b] + t->count[2][b] + t->count[3][b];
+    if (b == 0) n -= t->zeros; /* subnormals are left */
+    if (n == 0 || b == 255) continue;
+#pragma omp atomic
+    histogram[b == 0 ? HM_HISTOGRAM_SUBNORMALS : b] += n;
+  }
+  if (t->zeros == 0) return;
+#pragma omp atomic
+  histogram[HM_HISTOGRAM_ZEROS] += t->zeros;
+}
+
+/* The histogram of one block of gradients, before UNSCALE changes them; added to the item's. */
+static void tally_block(const hm_multi_call *call, block b) {
+  double tile[PIECE];
+  tally t = {0};
+  const hm_multi_item *item = &call->item[b.item];
+  const int dtype = item->grad_dtype, type = dtype == HM_F64 ? HM_F64 : HM_F32;
+  const bool write = call->op == HM_MULTI_UNSCALE && call->inv_scale != 1.0;
+  const double limit = write ? limit_of(dtype) : (double)INFINITY;
+  for (int64_t i = b.at; i < b.at + b.n; i += PIECE) {
+    const int64_t n = b.at + b.n - i < PIECE ? b.at + b.n - i : PIECE;
+    const void *g = hm_tile_in(tile, type, hm_at_mut(item->grad, i, dtype), dtype, n, 1);
+    if (type == HM_F64) tally_piece_f64(&t, g, n, call->inv_scale);
+    else tally_piece_f32(&t, g, n, (float)call->inv_scale, limit);
+  }
+  add_tally(call->histogram + (int64_t)b.item * HM_HISTOGRAM, &t);
+}
+
+/* dst = src * a */
 #define DEFINE_TIMES(T, S)                                                                                             \
   static void times_##S(T *dst, const T *src, T a, int64_t n) {                                                        \
     for (int64_t i = 0; i < n; i++) dst[i] = src[i] * a;                                                               \
@@ -136,87 +208,62 @@ static void check_block(const hm_multi_call *call, block b, hm_multi_stat *stat)
   }
 }
 
+#define DEFINE_CLAMP(T, S)                                                                                             \
+  static void clamp_##S(T *dst, const T *src, T most, int64_t n) {                                                     \
+    for (int64_t i = 0; i < n; i++) dst[i] = src[i] > most ? most : src[i] < -most ? -most : src[i];                   \
+  }
+DEFINE_CLAMP(float, f32)
+DEFINE_CLAMP(double, f64)
+
+/* SCALE, CLAMP */
 static void scale_block(const hm_multi_call *call, block b) {
   double tile[PIECE];
   const hm_multi_item *item = &call->item[b.item];
   const int dtype = item->grad_dtype, type = dtype == HM_F64 ? HM_F64 : HM_F32;
+  const bool clamps = call->op == HM_MULTI_CLAMP;
   for (int64_t i = b.at; i < b.at + b.n; i += PIECE) {
     const int64_t n = b.at + b.n - i < PIECE ? b.at + b.n - i : PIECE;
     char *at = hm_at_mut(item->grad, i, dtype);
     const void *g = hm_tile_in(tile, type, at, dtype, n, 1);
-    if (type == HM_F64) times_f64(tile, g, call->grad_mul, n);
-    else times_f32((float *)(void *)tile, g, (float)call->grad_mul, n);
+    if (type == HM_F64) (clamps ? clamp_f64 : times_f64)(tile, g, call->grad_mul, n);
+    else (clamps ? clamp_f32 : times_f32)((float *)(void *)tile, g, (float)call->grad_mul, n);
     hm_tile_out(at, dtype, 1, tile, type, n);
   }
 }
 
 /* ====== Pass 2: the updates ====== */
 
-/* Constants of one group, rounded once from double to the type computed in. */
+/* The loop of one rule with N states, and what to tell the rule about them. */
+#define DEFINE_LOOP(name, rule, more, N, T, S)                                                                         \
+  static void name##_##S(hm_rates r, T *restrict p, const T *restrict g, T *restrict a, T *restrict b, T *restrict c,  \
+                         int64_t n) {                                                                                  \
+    for (int64_t i = 0; i < n; i++) {                                                                                  \
+      T s[3] = {N > 0 ? a[i] : 0, N > 1 ? b[i] : 0, N > 2 ? c[i] : 0};                                                 \
+      p[i] = hm_##rule##_##S(&r, more, g[i], p[i], s);                                                                 \
+      if (N > 0) a[i] = s[0];                                                                                          \
+      if (N > 1) b[i] = s[1];                                                                                          \
+      if (N > 2) c[i] = s[2];                                                                                          \
+    }                                                                                                                  \
+  }
+/* All loops of a type; s: the states, `has` tells which of them the item brought. */
 #define DEFINE_UPDATES(T, S)                                                                                           \
-  typedef struct sgd_##S {                                                                                             \
-    T lr, wd, momentum, keep;                                                                                          \
-    bool decay, first, nesterov, maximize;                                                                             \
-  } sgd_##S;                                                                                                           \
-  static sgd_##S sgd_of_##S(const hm_multi_group *h) {                                                                 \
-    return (sgd_##S){(T)-h->lr, (T)h->weight_decay, (T)h->momentum, (T)(1 - h->dampening), h->weight_decay != 0,       \
-                     h->first,  h->nesterov,        h->maximize};                                                      \
-  }                                                                                                                    \
-  /* d = g + wd p */                                                                                                   \
-  static inline T decayed_##S(T g, T p, T wd, bool decay, bool maximize) {                                             \
-    const T d = maximize ? -g : g;                                                                                     \
-    return decay ? d + wd * p : d;                                                                                     \
-  }                                                                                                                    \
-  static void sgd_plain_##S(T *restrict p, const T *restrict g, int64_t n, sgd_##S c) {                                \
-    for (int64_t i = 0; i < n; i++) p[i] = p[i] + c.lr * decayed_##S(g[i], p[i], c.wd, c.decay, c.maximize);           \
-  }                                                                                                                    \
-  static void sgd_momentum_##S(T *restrict p, const T *restrict g, T *restrict buf, int64_t n, sgd_##S c) {            \
-    for (int64_t i = 0; i < n; i++) {                                                                                  \
-      const T d = decayed_##S(g[i], p[i], c.wd, c.decay, c.maximize);                                                  \
-      const T b = c.first ? d : buf[i] * c.momentum + c.keep * d;                                                      \
-      buf[i] = b;                                                                                                      \
-      p[i] = p[i] + c.lr * (c.nesterov ? d + c.momentum * b : b);                                                      \
+  DEFINE_LOOP(sgd, sgd, false, 0, T, S)                                                                                \
+  DEFINE_LOOP(sgd_momentum, sgd, true, 1, T, S)                                                                        \
+  DEFINE_LOOP(adam, adam, false, 2, T, S)                                                                              \
+  DEFINE_LOOP(amsgrad, adam, true, 3, T, S)                                                                            \
+  DEFINE_LOOP(rmsprop, rmsprop, false, 1, T, S)                                                                        \
+  DEFINE_LOOP(rmsprop_more, rmsprop, true, 3, T, S)                                                                    \
+  DEFINE_LOOP(adagrad, adagrad, false, 1, T, S)                                                                        \
+  DEFINE_LOOP(lion, lion, false, 1, T, S)                                                                              \
+  static void update_##S(hm_multi_op op, const hm_rates *r, void *const *has, T *p, const T *g, void *const *s,        \
+                         int64_t n) {                                                                                  \
+    switch (op) {                                                                                                      \
+    case HM_MULTI_SGD: (has[0] ? sgd_momentum_##S : sgd_##S)(*r, p, g, s[0], s[1], s[2], n); break;                    \
+    case HM_MULTI_ADAM: (has[2] ? amsgrad_##S : adam_##S)(*r, p, g, s[0], s[1], s[2], n); break;                       \
+    case HM_MULTI_RMSPROP: (has[1] || has[2] ? rmsprop_more_##S : rmsprop_##S)(*r, p, g, s[0], s[1], s[2], n); break;  \
+    case HM_MULTI_ADAGRAD: adagrad_##S(*r, p, g, s[0], s[1], s[2], n); break;                                          \
+    default: lion_##S(*r, p, g, s[0], s[1], s[2], n); break;                                                           \
     }                                                                                                                  \
-  }                                                                                                                    \
-  static void sgd_update_##S(const hm_multi_group *h, void *p, const void *g, void *const *state, int64_t n) {         \
-    const sgd_##S c = sgd_of_##S(h);                                                                                   \
-    if (state[0]) sgd_momentum_##S(p, g, state[0], n, c);                                                              \
-    else sgd_plain_##S(p, g, n, c);                                                                                    \
-  }                                                                                                                    \
-  typedef struct adam_##S {                                                                                            \
-    T shrink, wd, weight, beta2, rest2, root2, eps, step;                                                              \
-    bool decay, decoupled, maximize, near;                                                                             \
-  } adam_##S;                                                                                                          \
-  static adam_##S adam_of_##S(const hm_multi_group *h) {                                                               \
-    return (adam_##S){(T)(1 - h->lr * h->weight_decay),                                                                \
-                      (T)h->weight_decay,                                                                              \
-                      (T)(1 - h->beta1),                                                                               \
-                      (T)h->beta2,                                                                                     \
-                      (T)(1 - h->beta2),                                                                               \
-                      (T)sqrt(h->bias_correction2),                                                                    \
-                      (T)h->eps,                                                                                       \
-                      (T) - (h->lr / h->bias_correction1),                                                             \
-                      h->weight_decay != 0,                                                                            \
-                      h->decoupled,                                                                                    \
-                      h->maximize,                                                                                     \
-                      1 - h->beta1 < 0.5};                                                                             \
-  }                                                                                                                    \
-  static inline void adam_loop_##S(T *restrict p, const T *restrict g, T *restrict m, T *restrict v, int64_t n,        \
-                                   adam_##S c, bool decoupled) {                                                       \
-    for (int64_t i = 0; i < n; i++) {                                                                                  \
-      const T w = decoupled ? p[i] * c.shrink : p[i];                                                                  \
-      const T d = decayed_##S(g[i], w, c.wd, c.decay && !decoupled, c.maximize);                                       \
-      const T m1 = c.near ? m[i] + c.weight * (d - m[i]) : d - (d - m[i]) * (1 - c.weight);                            \
-      const T v1 = v[i] * c.beta2 + c.rest2 * d * d;                                                                   \
-      m[i] = m1;                                                                                                       \
-      v[i] = v1;                                                                                                       \
-      p[i] = w + c.step * m1 / (hm_sqrt_##S(v1) / c.root2 + c.eps);                                                    \
-    }                                                                                                                  \
-  }                                                                                                                    \
-  static void adam_update_##S(const hm_multi_group *h, void *p, const void *g, void *const *state, int64_t n) {        \
-    const adam_##S c = adam_of_##S(h);                                                                                 \
-    if (c.decoupled && c.decay) adam_loop_##S(p, g, state[0], state[1], n, c, true);                                   \
-    else adam_loop_##S(p, g, state[0], state[1], n, c, false);                                                         \
   }                                                                                                                    \
   /* g = grad * inv * mul, each factor left out where it is 1; false: g is grad as it was */                           \
   static bool unscaled_##S(T *dst, const T *g, const hm_multi_call *call, int64_t n) {                                 \
@@ -241,36 +288,74 @@ static const void *piece_grad(const hm_multi_call *call, const hm_multi_item *it
   return tile;
 }
 
-static void update_piece(const hm_multi_call *call, const hm_multi_item *item, int64_t i, int64_t n) {
-  double p_tile[PIECE], g_tile[PIECE], s_tile[2][PIECE];
+/* Adds what rounding took from a piece of half parameters to their values in p. */
+static void add_lost(const hm_multi_item *item, int64_t i, int64_t n, float *p) {
+  float lost[PIECE];
+  hm_tile_fill(lost, HM_F32, hm_at(item->lost, i, item->param_dtype), item->param_dtype, n, 1);
+  for (int64_t k = 0; k < n; k++) p[k] += lost[k];
+}
+
+/* Keeps what the stored values, just rounded, lost of p. */
+static void keep_lost(const hm_multi_item *item, int64_t i, int64_t n, float *p) {
+  float stored[PIECE];
+  hm_tile_fill(stored, HM_F32, hm_at(item->param, i, item->param_dtype), item->param_dtype, n, 1);
+  for (int64_t k = 0; k < n; k++) p[k] = hm_lost(p[k], stored[k]);
+  hm_tile_out(hm_at_mut(item->lost, i, item->param_dtype), item->param_dtype, 1, p, HM_F32, n);
+}
+
+/* Makes p values of its half dtype, by chance. */
+static void round_piece(const hm_multi_call *call, const hm_multi_item *item, int64_t i, int64_t n, float *p) {
+  uint32_t word[PIECE];
+#pragma GCC ivdep
+  for (int64_t k = 0; k < (n + 3) / 4; k++)
+    hm_philox(call->seed, item->counter + (uint64_t)i / 4 + (uint64_t)k, word + 4 * k);
+  for (int64_t k = 0; k < n; k++) p[k] = hm_round_by_chance(p[k], item->param_dtype, word[k]);
+}
+
+/* The states of a piece in `type`: where they lie, or converted in a tile.  Where an item lacks one that a loop goes
+ * over, it gets zeros. */
+static void piece_states(const hm_multi_item *item, int type, int64_t i, int64_t n, double tile[3][PIECE],
+                         void **state) {
+  for (int s = 0; s < 3; s++) {
+    state[s] = tile[s];
+    if (!item->state[s]) {
+      memset(tile[s], 0, sizeof tile[s]);
+      continue;
+    }
+    char *at = hm_at_mut(item->state[s], i, item->state_dtype);
+    if (item->state_dtype == type) state[s] = at;
+    else hm_tile_fill(state[s], type, at, item->state_dtype, n, 1);
+  }
+}
+
+static void update_piece(const hm_multi_call *call, const hm_multi_item *item, const hm_rates *r, int64_t i,
+                         int64_t n) {
+  double p_tile[PIECE], g_tile[PIECE], s_tile[3][PIECE];
   const int type = item->param_dtype == HM_F64 ? HM_F64 : HM_F32;
-  const hm_multi_group *h = &call->group[item->group];
-  const int states = call->op == HM_MULTI_ADAM ? 2 : item->state[0] ? 1 : 0;
-  void *state[HM_MAX_STATE] = {NULL};
+  void *state[3];
   char *param = hm_at_mut(item->param, i, item->param_dtype);
   const void *g = piece_grad(call, item, i, n, g_tile, type);
   const bool direct = item->param_dtype == type;
   void *p = direct ? (void *)param : p_tile;
   if (!direct) hm_tile_fill(p, type, param, item->param_dtype, n, 1);
-  for (int s = 0; s < states; s++) {
-    char *at = hm_at_mut(item->state[s], i, item->state_dtype);
-    state[s] = item->state_dtype == type ? (void *)at : s_tile[s];
-    if (state[s] == s_tile[s]) hm_tile_fill(state[s], type, at, item->state_dtype, n, 1);
-  }
-  if (call->op == HM_MULTI_ADAM && type == HM_F64) adam_update_f64(h, p, g, state, n);
-  else if (call->op == HM_MULTI_ADAM) adam_update_f32(h, p, g, state, n);
-  else if (type == HM_F64) sgd_update_f64(h, p, g, state, n);
-  else sgd_update_f32(h, p, g, state, n);
-  for (int s = 0; s < states; s++)
-    if (state[s] == s_tile[s])
+  piece_states(item, type, i, n, s_tile, state);
+  if (item->lost) add_lost(item, i, n, p);
+  if (type == HM_F64) update_f64(call->op, r, item->state, p, g, state, n);
+  else update_f32(call->op, r, item->state, p, g, state, n);
+  for (int s = 0; s < 3; s++)
+    if (item->state[s] && state[s] == s_tile[s])
       hm_tile_out(hm_at_mut(item->state[s], i, item->state_dtype), item->state_dtype, 1, state[s], type, n);
+  if (item->by_chance) round_piece(call, item, i, n, p);
   if (!direct) hm_tile_out(param, item->param_dtype, 1, p, type, n);
   if (item->low) hm_tile_out(hm_at_mut(item->low, i, item->low_dtype), item->low_dtype, 1, p, type, n);
+  if (item->lost) keep_lost(item, i, n, p);
 }
 
 static void update_block(const hm_multi_call *call, block b) {
+  const hm_multi_item *item = &call->item[b.item];
+  const hm_rates r = hm_rates_of(&call->group[item->group]);
   for (int64_t i = b.at; i < b.at + b.n; i += PIECE)
-    update_piece(call, &call->item[b.item], i, b.at + b.n - i < PIECE ? b.at + b.n - i : PIECE);
+    update_piece(call, item, &r, i, b.at + b.n - i < PIECE ? b.at + b.n - i : PIECE);
 }
 
 /* ====== Waves ====== */
@@ -302,8 +387,12 @@ static int next_wave(const hm_multi_call *call, cursor *c, block *wave, int64_t 
 static void run_block(const hm_multi_call *call, block b, hm_multi_stat *stat) {
   switch (call->op) {
   case HM_MULTI_CHECK:
-  case HM_MULTI_UNSCALE: check_block(call, b, stat); break;
-  case HM_MULTI_SCALE: scale_block(call, b); break;
+  case HM_MULTI_UNSCALE:
+    if (call->histogram) tally_block(call, b);
+    check_block(call, b, stat);
+    break;
+  case HM_MULTI_SCALE:
+  case HM_MULTI_CLAMP: scale_block(call, b); break;
   default: update_block(call, b); break;
   }
 }
@@ -317,10 +406,12 @@ static void add_stat(hm_multi_stat *total, const hm_multi_stat *part) {
 
 int HM_ISA_FN(hm_cpu_multi_tensor)(const hm_multi_call *call) {
   const bool with_stat = call->op == HM_MULTI_CHECK || call->op == HM_MULTI_UNSCALE;
-  if (call->op < HM_MULTI_CHECK || call->op > HM_MULTI_ADAM)
+  if (call->op < HM_MULTI_CHECK || call->op > HM_MULTI_LION)
     return hm_cpu_fail(HM_ERR_UNSUPPORTED, "the cpu backend has no multi-tensor op %d", (int)call->op);
   if (call->op == HM_MULTI_SCALE && call->grad_mul == 1.0) return HM_OK;
   for (int32_t i = 0; with_stat && i < call->n; i++) call->stat[i] = (hm_multi_stat){0};
+  if (with_stat && call->histogram)
+    memset(call->histogram, 0, (size_t)call->n * HM_HISTOGRAM * sizeof *call->histogram);
   block wave[WAVE];
   hm_multi_stat stat[WAVE];
   cursor at = {0, 0};

@@ -252,6 +252,10 @@ int hm_prim_execute(const char *op, hm_prim *p, void *const data[HM_PRIM_ARGS], 
   return s == dnnl_success ? HM_OK : fail_status(op, s);
 }
 
+void hm_prims_single_begin(void) { omp_set_num_threads(1); }
+
+void hm_prims_single_end(void) { omp_set_num_threads(hm_cpu_get_features()->threads); }
+
 /* ====== Matrix products ====== */
 
 static dnnl_status_t mm_desc(const hm_mm_desc *d, dnnl_matmul_desc_t *out) {
@@ -273,7 +277,7 @@ int hm_prim_matmul(const char *op, const hm_mm_desc *d, hm_prim **out) {
   prim_key k = {.n = 0};
   push(&k, (int64_t)d->ndim | (int64_t)d->accumulate << 8 | (int64_t)d->x_dtype << 16 | (int64_t)d->y_dtype << 24 |
                (int64_t)d->out_dtype << 32 | (int64_t)(d->bias_dtype + 1) << 40);
-  push(&k, omp_get_max_threads());
+  push(&k, omp_get_max_threads() | (int64_t)d->lane << 32);
   push_many(&k, d->x_shape, d->ndim);
   push_many(&k, d->x_stride, d->ndim);
   push_many(&k, d->y_shape, d->ndim);

@@ -44,6 +44,7 @@ typedef struct hm_mm_desc {
   int x_dtype, y_dtype, out_dtype; /* F32 or BF16 */
   int bias_dtype;                  /* HM_NONE for no bias; [columns] */
   bool accumulate;                 /* add to what out holds */
+  int lane;                        /* 0; or a number that tells primitives apart which run at the same time */
   dnnl_dims_t x_shape, x_stride, y_shape, y_stride, out_shape, out_stride;
 } hm_mm_desc;
 
@@ -59,6 +60,7 @@ typedef struct hm_conv_desc {
   int64_t kh, kw;
   int64_t stride[2], padding[2], dilation[2];
   int64_t groups;
+  int64_t lane; /* as in hm_mm_desc */
 } hm_conv_desc;
 
 /* Finds or makes the primitive; `op` names the caller in messages.  HM_OK also where it was refused (primitive is
@@ -92,6 +94,16 @@ hm_chunks hm_chunk(int64_t total, int64_t item_bytes, int64_t target, int64_t le
 static inline int64_t hm_chunk_start(const hm_chunks *c, int64_t i, int64_t total) {
   return i * c->size + c->size <= total ? i * c->size : total - c->size;
 }
+
+/* ====== Fixed pieces: what hm.use_deterministic(true) asks for ====== */
+
+/* oneDNN cuts a weight gradient by the number of threads, and the sums change with it.  In fixed pieces the cut depends on shapes only: each
+ * piece is a primitive made for one thread, with its own memory objects (`lane`), and the threads share the pieces out. */
+enum { HM_LANES = 8 };
+
+/* Primitives made between these two are for one thread. */
+void hm_prims_single_begin(void);
+void hm_prims_single_end(void);
 
 static inline size_t hm_round64(size_t n) { return (n + 63) & ~(size_t)63; }
 

@@ -1,24 +1,27 @@
 /*
- * pool.c -- max_pool2d and its gradient.
+ * pool.c -- max_pool2d with its gradients, and adaptive_max_pool2d.
  *
- * Compiled once per instruction set.  Called through hm_isa.pool.
+ * Compiled once per instruction set.  Called through hm_isa.pool; what is a weighted sum goes on to resample.c.
  *
  * Work goes pixel by pixel over all channels at once: dense where memory is channels-last, else gathered into tiles.
  * Half types are compared as ordered integers, which is exact and needs no conversion.  As in PyTorch the first
  * largest value wins, a NaN wins over everything, and of several NaNs the last; padding never wins.  The index is
- * the place in the window, ky * kw + kx.
+ * the place in the window, ky * kw + kx; adaptive_max_pool2d's is the place in the image, y * W + x.  A window whose
+ * places all lie outside the image (a wide dilation can do that) gives -infinity and place 0, which is no pixel.
  *
  * The gradient is written in gather form: each input pixel adds the windows that chose it, in order, so that no two
  * threads write one element.  Windows that do not overlap need no sum: each one writes its pixels.
  */
 #include "vec.h"
+#include "window.h"
 
 enum { PLACES = 256, TILE = 8192 };
 
 /* Sizes and strides of one call.  x: the image side (input, or gradient of it); y: the window side. */
 typedef struct geometry {
   int64_t n, c, h, w, oh, ow;
-  int64_t kh, kw, sh, sw, ph, pw;
+  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
+  int64_t reach_h, reach_w;    /* from a window's first place to behind its last */
   int64_t xs[4], ys[4], is[4]; /* strides (n, c, h, w) of image side, window side, index */
 } geometry;
 
@@ -34,7 +37,7 @@ static int64_t pick(const hm_attr *a, int i, int64_t missing) {
   return a->n == 0 ? missing : a->n == 1 ? a->v[0] : a->v[i];
 }
 
-/* attr: kernel_size, stride, padding. */
+/* attr: kernel_size, stride, padding, dilation. */
 static int make_geometry(geometry *g, const hm_view *x, const hm_view *y, const hm_view *index, const hm_attr *attr) {
   *g = (geometry){.n = size_at(x, 0),
                   .c = size_at(x, 1),
@@ -45,13 +48,16 @@ static int make_geometry(geometry *g, const hm_view *x, const hm_view *y, const 
   g->kh = pick(&attr[0], 0, 1), g->kw = pick(&attr[0], 1, 1);
   g->sh = pick(&attr[1], 0, g->kh), g->sw = pick(&attr[1], 1, g->kw);
   g->ph = pick(&attr[2], 0, 0), g->pw = pick(&attr[2], 1, 0);
+  g->dh = pick(&attr[3], 0, 1), g->dw = pick(&attr[3], 1, 1);
+  g->reach_h = (g->kh - 1) * g->dh + 1, g->reach_w = (g->kw - 1) * g->dw + 1;
   strides4(x, g->xs), strides4(y, g->ys), strides4(index, g->is);
   if (g->kh < 1 || g->kw < 1 || g->kh * g->kw > PLACES)
     return hm_cpu_fail(HM_ERR_ARG, "max_pool2d: the kernel must have 1 to %d places, it is %lld x %lld", PLACES,
                        (long long)g->kh, (long long)g->kw);
-  if (g->sh < 1 || g->sw < 1)
-    return hm_cpu_fail(HM_ERR_ARG, "max_pool2d: stride must be at least 1, it is %lld, %lld", (long long)g->sh,
-                       (long long)g->sw);
+  if (g->sh < 1 || g->sw < 1 || g->dh < 1 || g->dw < 1)
+    return hm_cpu_fail(HM_ERR_ARG,
+                       "max_pool2d: stride and dilation must be at least 1, they are %lld, %lld and %lld, %lld",
+                       (long long)g->sh, (long long)g->sw, (long long)g->dh, (long long)g->dw);
   if (g->ph < 0 || g->pw < 0 || g->ph * 2 > g->kh || g->pw * 2 > g->kw)
     return hm_cpu_fail(
         HM_ERR_ARG,
@@ -63,6 +69,17 @@ static int make_geometry(geometry *g, const hm_view *x, const hm_view *y, const 
 }
 
 static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+/* The places [from, to) of a window's `kernel` that lie inside 0 .. size-1; the window begins at `at`, places are `step` apart. */
+static void inside(int64_t at, int64_t step, int64_t kernel, int64_t size, int64_t *from, int64_t *to) {
+  if (step == 1) { /* nearly always: no division */
+    *from = at < 0 ? -at : 0;
+    *to = clamp(size - at, 0, kernel);
+    return;
+  }
+  *from = at < 0 ? (step - 1 - at) / step : 0;
+  *to = at < size ? clamp((size - at + step - 1) / step, 0, kernel) : 0;
+}
 
 /* ====== Forward ====== */
 
@@ -167,12 +184,13 @@ static window_fn window_of(int dtype) {
 static int window_rows(const geometry *g, const char *image, int size, int64_t oy, int64_t ox, const void **row,
                        uint8_t *place) {
   const int64_t y = oy * g->sh - g->ph, x = ox * g->sw - g->pw;
-  const int64_t ky0 = y < 0 ? -y : 0, kx0 = x < 0 ? -x : 0;
-  const int64_t ky1 = clamp(g->h - y, 0, g->kh), kx1 = clamp(g->w - x, 0, g->kw);
+  int64_t ky0, ky1, kx0, kx1;
+  inside(y, g->dh, g->kh, g->h, &ky0, &ky1);
+  inside(x, g->dw, g->kw, g->w, &kx0, &kx1);
   int n = 0;
   for (int64_t ky = ky0; ky < ky1; ky++) {
-    const char *line = image + ((y + ky) * g->xs[2] + (x + kx0) * g->xs[3]) * size;
-    for (int64_t kx = kx0; kx < kx1; kx++, line += g->xs[3] * size) {
+    const char *line = image + ((y + ky * g->dh) * g->xs[2] + (x + kx0 * g->dw) * g->xs[3]) * size;
+    for (int64_t kx = kx0; kx < kx1; kx++, line += g->dw * g->xs[3] * size) {
       row[n] = line;
       place[n++] = (uint8_t)(ky * g->kw + kx);
     }
@@ -200,6 +218,18 @@ static void window_strided(const geometry *g, window_fn fn, int size, const void
   }
 }
 
+/* A window without a pixel: c channels of -infinity at place 0. */
+static void window_empty(const geometry *g, int dtype, char *out, uint8_t *index) {
+  const int size = hm_dtype_size(dtype);
+  const double infinity = -(double)INFINITY;
+  uint64_t least;
+  hm_cpu_isa()->convert(&least, dtype, &infinity, HM_F64, 1);
+  for (int64_t c = 0; c < g->c; c++) {
+    memcpy(out + c * g->ys[1] * size, &least, (size_t)size);
+    index[c * g->is[1]] = 0;
+  }
+}
+
 static int forward(const hm_kernel_call *call) {
   const hm_view *x = &call->in[0], *y = &call->out[0], *index = &call->out[1];
   geometry g;
@@ -220,7 +250,8 @@ static int forward(const hm_kernel_call *call) {
       const int rows = window_rows(&g, image, size, oy, ox, row, place);
       char *out = (char *)y->data + (n * g.ys[0] + oy * g.ys[2] + ox * g.ys[3]) * size;
       uint8_t *to = (uint8_t *)index->data + n * g.is[0] + oy * g.is[2] + ox * g.is[3];
-      if (dense) fn(out, to, row, place, rows, g.c);
+      if (rows == 0) window_empty(&g, x->dtype, out, to);
+      else if (dense) fn(out, to, row, place, rows, g.c);
       else window_strided(&g, fn, size, row, place, rows, out, to);
     }
   }
@@ -230,16 +261,23 @@ static int forward(const hm_kernel_call *call) {
 /* ====== Backward ====== */
 
 /* m channels of the gradient and the index at one window position, dense and in `type`. */
-static const void *window_grad(const geometry *g, const hm_view *grad, int64_t n, int64_t oy, int64_t ox, int64_t c,
-                               int64_t m, void *tile, int type) {
+static __attribute__((noinline)) const void *window_grad(const geometry *g, const hm_view *grad, int64_t n, int64_t oy,
+                                                         int64_t ox, int64_t c, int64_t m, void *tile, int type) {
   const int64_t at = n * g->ys[0] + c * g->ys[1] + oy * g->ys[2] + ox * g->ys[3];
   return hm_tile_in(tile, type, hm_at(grad->data, at, grad->dtype), grad->dtype, m, g->ys[1]);
 }
 
-static const uint8_t *window_index(const geometry *g, const hm_view *index, int64_t n, int64_t oy, int64_t ox,
-                                   int64_t c, int64_t m, void *tile) {
+static __attribute__((noinline)) const uint8_t *window_index(const geometry *g, const hm_view *index, int64_t n,
+                                                             int64_t oy, int64_t ox, int64_t c, int64_t m, void *tile) {
   const int64_t at = n * g->is[0] + c * g->is[1] + oy * g->is[2] + ox * g->is[3];
   return hm_tile_in(tile, HM_U8, (const uint8_t *)index->data + at, HM_U8, m, g->is[1]);
+}
+
+/* m results of that type from channel c on at (y, x) of an output with strides s, rounded once. */
+static __attribute__((noinline)) void put(const hm_view *out, const int64_t *s, int64_t n, int64_t c, int64_t y,
+                                          int64_t x, const void *result, int type, int64_t m) {
+  const int64_t at = n * s[0] + c * s[1] + y * s[2] + x * s[3];
+  hm_tile_out(hm_at_mut(out->data, at, out->dtype), out->dtype, m == 1 ? 1 : s[1], result, type, m);
 }
 
 /* dst[c] = wide[c] == place ? grad[c] : 0, by element size; wide: indices as integers of that size. */
@@ -297,10 +335,14 @@ static void spread_window(const geometry *g, const hm_kernel_call *call, int64_t
   const void *grad = window_grad(g, &call->in[0], n, oy, ox, c, m, g_tile, out->dtype);
   widen(wide, window_index(g, &call->in[1], n, oy, ox, c, m, i_tile), size, m);
   const int64_t y = oy * g->sh - g->ph, x = ox * g->sw - g->pw;
-  for (int64_t ky = y < 0 ? -y : 0; ky < g->kh && y + ky < g->h; ky++) {
-    for (int64_t kx = x < 0 ? -x : 0; kx < g->kw && x + kx < g->w; kx++) {
+  int64_t ky0, ky1, kx0, kx1;
+  inside(y, g->dh, g->kh, g->h, &ky0, &ky1);
+  inside(x, g->dw, g->kw, g->w, &kx0, &kx1);
+  for (int64_t ky = ky0; ky < ky1; ky++) {
+    for (int64_t kx = kx0; kx < kx1; kx++) {
       char *dst =
-          hm_at_mut(out->data, n * g->xs[0] + c * g->xs[1] + (y + ky) * g->xs[2] + (x + kx) * g->xs[3], out->dtype);
+          hm_at_mut(out->data, n * g->xs[0] + c * g->xs[1] + (y + ky * g->dh) * g->xs[2] + (x + kx * g->dw) * g->xs[3],
+                    out->dtype);
       const int place = (int)(ky * g->kw + kx);
       if (g->xs[1] == 1 || m == 1) {
         choose(dst, grad, wide, place, size, m);
@@ -339,22 +381,26 @@ static void gather_pixel(const geometry *g, const hm_kernel_call *call, int64_t 
   uint8_t i_tile[CHANNELS];
   const hm_view *out = &call->out[0];
   const int type = call->compute == HM_F64 ? HM_F64 : HM_F32;
-  const int64_t oy0 = y + g->ph < g->kh ? 0 : (y + g->ph - g->kh) / g->sh + 1,
-                oy1 = clamp((y + g->ph) / g->sh, -1, g->oh - 1);
-  const int64_t ox0 = x + g->pw < g->kw ? 0 : (x + g->pw - g->kw) / g->sw + 1,
-                ox1 = clamp((x + g->pw) / g->sw, -1, g->ow - 1);
+  const bool dilated = g->dh > 1 || g->dw > 1;
+  int64_t oy0, oy1, ox0, ox1;
+  hm_pool_windows(g->oh, g->reach_h, g->sh, g->ph, y, &oy0, &oy1);
+  hm_pool_windows(g->ow, g->reach_w, g->sw, g->pw, x, &ox0, &ox1);
   memset(acc, 0, (size_t)(m * hm_dtype_size(type)));
-  for (int64_t oy = oy0; oy <= oy1; oy++) {
-    for (int64_t ox = ox0; ox <= ox1; ox++) {
-      const int place = (int)((y + g->ph - oy * g->sh) * g->kw + (x + g->pw - ox * g->sw));
+  for (int64_t oy = oy0; oy < oy1; oy++) {
+    for (int64_t ox = ox0; ox < ox1; ox++) {
+      const int64_t dy = y + g->ph - oy * g->sh, dx = x + g->pw - ox * g->sw;
+      int64_t place = dy * g->kw + dx;
+      if (dilated) {
+        if (dy % g->dh || dx % g->dw) continue; /* between two places */
+        place = dy / g->dh * g->kw + dx / g->dw;
+      }
       const void *grad = window_grad(g, &call->in[0], n, oy, ox, c, m, g_tile, type);
       const uint8_t *index = window_index(g, &call->in[1], n, oy, ox, c, m, i_tile);
-      if (type == HM_F64) add_chosen_f64(acc, grad, index, place, m);
-      else add_chosen_f32((float *)(void *)acc, grad, index, place, m);
+      if (type == HM_F64) add_chosen_f64(acc, grad, index, (int)place, m);
+      else add_chosen_f32((float *)(void *)acc, grad, index, (int)place, m);
     }
   }
-  char *dst = hm_at_mut(out->data, n * g->xs[0] + c * g->xs[1] + y * g->xs[2] + x * g->xs[3], out->dtype);
-  hm_tile_out(dst, out->dtype, m == 1 ? 1 : g->xs[1], acc, type, m);
+  put(out, g->xs, n, c, y, x, acc, type, m);
 }
 
 static int backward(const hm_kernel_call *call) {
@@ -362,9 +408,9 @@ static int backward(const hm_kernel_call *call) {
   geometry g;
   const int status = make_geometry(&g, out, &call->in[0], &call->in[1], call->attr + 1);
   if (status != HM_OK) return status;
-  const bool apart = g.sh >= g.kh && g.sw >= g.kw && g.oh > 0 && g.ow > 0;
-  const bool covered =
-      g.kh == g.sh && g.kw == g.sw && g.ph == 0 && g.pw == 0 && g.oh * g.sh == g.h && g.ow * g.sw == g.w;
+  const bool apart = g.sh >= g.reach_h && g.sw >= g.reach_w && g.oh > 0 && g.ow > 0;
+  const bool covered = g.dh == 1 && g.dw == 1 && g.kh == g.sh && g.kw == g.sw && g.ph == 0 && g.pw == 0 &&
+                       g.oh * g.sh == g.h && g.ow * g.sw == g.w;
   const int threads = hm_cpu_threads(g.n * g.c * g.h * g.w, hm_dtype_size(out->dtype));
   const int64_t units = apart ? g.n * g.oh : g.n * g.h;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -380,8 +426,175 @@ static int backward(const hm_kernel_call *call) {
   return HM_OK;
 }
 
+/* ====== The gradient of the gradient: what stands at each window's index ====== */
+
+/* m channels from c on at window (oy, ox). */
+static void pick_pixel(const geometry *g, const hm_kernel_call *call, int64_t n, int64_t oy, int64_t ox, int64_t c,
+                       int64_t m) {
+  uint64_t raw[CHANNELS];
+  uint8_t i_tile[CHANNELS];
+  const hm_view *x = &call->in[0], *out = &call->out[0];
+  const int size = hm_dtype_size(x->dtype);
+  const uint8_t *index = window_index(g, &call->in[1], n, oy, ox, c, m, i_tile);
+  memset(raw, 0, (size_t)(m * size));
+  for (int64_t k = 0; k < m; k++) {
+    const int64_t iy = oy * g->sh - g->ph + index[k] / g->kw * g->dh,
+                  ix = ox * g->sw - g->pw + index[k] % g->kw * g->dw;
+    if (iy < 0 || iy >= g->h || ix < 0 || ix >= g->w) continue; /* chosen by nobody: 0 */
+    const int64_t at = n * g->xs[0] + (c + k) * g->xs[1] + iy * g->xs[2] + ix * g->xs[3];
+    memcpy((char *)raw + k * size, hm_at(x->data, at, x->dtype), (size_t)size);
+  }
+  put(out, g->ys, n, c, oy, ox, raw, x->dtype, m);
+}
+
+static int pick_chosen(const hm_kernel_call *call) {
+  geometry g;
+  const int status = make_geometry(&g, &call->in[0], &call->out[0], &call->in[1], call->attr);
+  if (status != HM_OK) return status;
+  const int threads = hm_cpu_threads(g.n * g.c * g.oh * g.ow, 4 * hm_dtype_size(call->in[0].dtype));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t u = 0; u < g.n * g.oh; u++)
+    for (int64_t ox = 0; ox < g.ow; ox++)
+      for (int64_t c = 0; c < g.c; c += CHANNELS)
+        pick_pixel(&g, call, u / g.oh, u % g.oh, ox, c, g.c - c < CHANNELS ? g.c - c : CHANNELS);
+  return HM_OK;
+}
+
+/* ====== adaptive_max_pool2d ====== */
+
+/* Sizes and strides alone; the index has int64 elements. */
+static void make_adaptive(geometry *g, const hm_view *x, const hm_view *y, const hm_view *index) {
+  *g = (geometry){
+      .n = x->shape[0], .c = x->shape[1], .h = x->shape[2], .w = x->shape[3], .oh = y->shape[2], .ow = y->shape[3]};
+  strides4(x, g->xs), strides4(y, g->ys), strides4(index, g->is);
+}
+
+/* The largest of a window so far, m channels: its bits and where it stood. */
+typedef struct champion {
+  uint64_t value[CHANNELS];
+  int64_t place[CHANNELS];
+} champion;
+
+/* `rows` more rows of the window, which stand at at[]; begun: best holds the largest of those before. */
+static void contend(champion *best, bool begun, window_fn fn, int size, const void *const *row, const int64_t *at,
+                    int rows, int64_t m) {
+  uint64_t value[CHANNELS], joined[CHANNELS];
+  uint8_t number[PLACES], chosen[CHANNELS], which[CHANNELS];
+  for (int k = 0; k < rows; k++) number[k] = (uint8_t)k;
+  fn(value, chosen, row, number, rows, m);
+  if (!begun) {
+    memcpy(best->value, value, (size_t)(m * size));
+    for (int64_t c = 0; c < m; c++) best->place[c] = at[chosen[c]];
+    return;
+  }
+  const void *const two[2] = {best->value, value};
+  fn(joined, which, two, number, 2, m);
+  memcpy(best->value, joined, (size_t)(m * size));
+  for (int64_t c = 0; c < m; c++)
+    if (which[c]) best->place[c] = at[chosen[c]];
+}
+
+/* m channels of one window, whose pixels are [y0, y1) x [x0, x1); image: channel c of the image. */
+static void adaptive_window(champion *best, const geometry *g, window_fn fn, int size, const char *image,
+                            const int64_t span[4], int64_t m) {
+  uint64_t tile[TILE];
+  const void *row[PLACES];
+  int64_t at[PLACES];
+  const bool dense = g->xs[1] == 1 || m == 1;
+  const int most = dense ? PLACES : (int)clamp(TILE / m, 1, PLACES);
+  int rows = 0;
+  bool begun = false;
+  for (int64_t y = span[0]; y < span[1]; y++) {
+    for (int64_t x = span[2]; x < span[3]; x++) {
+      const char *from = image + (y * g->xs[2] + x * g->xs[3]) * size;
+      char *packed = (char *)tile + rows * m * size;
+      if (!dense) hm_gather(packed, from, size, m, g->xs[1]);
+      row[rows] = dense ? from : packed;
+      at[rows++] = y * g->w + x;
+      if (rows < most && !(y == span[1] - 1 && x == span[3] - 1)) continue;
+      contend(best, begun, fn, size, row, at, rows, m);
+      begun = true, rows = 0;
+    }
+  }
+}
+
+static int adaptive_forward(const hm_kernel_call *call) {
+  const hm_view *x = &call->in[0], *y = &call->out[0], *index = &call->out[1];
+  geometry g;
+  make_adaptive(&g, x, y, index);
+  const window_fn fn = window_of(x->dtype);
+  if (!fn)
+    return hm_cpu_fail(HM_ERR_DTYPE, "adaptive_max_pool2d: expected a floating dtype, got %s", hm_dtype_name(x->dtype));
+  const int size = hm_dtype_size(x->dtype), threads = hm_cpu_threads(g.n * g.c * g.h * g.w, size);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t u = 0; u < g.n * g.oh * g.ow; u++) {
+    champion best;
+    const int64_t ox = u % g.ow, oy = u / g.ow % g.oh, n = u / g.ow / g.oh;
+    int64_t span[4];
+    hm_adaptive_span(g.h, g.oh, oy, &span[0], &span[1]);
+    hm_adaptive_span(g.w, g.ow, ox, &span[2], &span[3]);
+    for (int64_t c = 0; c < g.c; c += CHANNELS) {
+      const int64_t m = g.c - c < CHANNELS ? g.c - c : CHANNELS;
+      adaptive_window(&best, &g, fn, size, (const char *)x->data + (n * g.xs[0] + c * g.xs[1]) * size, span, m);
+      char *out = (char *)y->data + (n * g.ys[0] + c * g.ys[1] + oy * g.ys[2] + ox * g.ys[3]) * size;
+      hm_scatter(out, best.value, size, m, g.ys[1]);
+      hm_scatter((int64_t *)index->data + n * g.is[0] + c * g.is[1] + oy * g.is[2] + ox * g.is[3], best.place, 8, m,
+                 g.is[1]);
+    }
+  }
+  return HM_OK;
+}
+
+/* acc[c] += place[c] == at ? grad[c] : 0 */
+#define DEFINE_ADD_AT(T, S)                                                                                            \
+  static void add_at_##S(T *restrict acc, const T *restrict grad, const int64_t *restrict place, int64_t at,           \
+                         int64_t m) {                                                                                  \
+    for (int64_t c = 0; c < m; c++) acc[c] += place[c] == at ? grad[c] : 0;                                            \
+  }
+DEFINE_ADD_AT(float, f32)
+DEFINE_ADD_AT(double, f64)
+
+/* m channels from c on of pixel (y, x): the sum over the windows that chose it. */
+static void adaptive_pixel(const geometry *g, const hm_kernel_call *call, int64_t n, int64_t y, int64_t x, int64_t c,
+                           int64_t m) {
+  double acc[CHANNELS], g_tile[CHANNELS];
+  int64_t i_tile[CHANNELS], oy0, oy1, ox0, ox1;
+  const hm_view *out = &call->out[0], *index = &call->in[1];
+  const int type = call->compute == HM_F64 ? HM_F64 : HM_F32;
+  hm_adaptive_span(g->oh, g->h, y, &oy0, &oy1);
+  hm_adaptive_span(g->ow, g->w, x, &ox0, &ox1);
+  memset(acc, 0, (size_t)(m * hm_dtype_size(type)));
+  for (int64_t oy = oy0; oy < oy1; oy++) {
+    for (int64_t ox = ox0; ox < ox1; ox++) {
+      const void *grad = window_grad(g, &call->in[0], n, oy, ox, c, m, g_tile, type);
+      const int64_t at = n * g->is[0] + c * g->is[1] + oy * g->is[2] + ox * g->is[3];
+      const int64_t *place = hm_tile_in(i_tile, HM_I64, (const int64_t *)index->data + at, HM_I64, m, g->is[1]);
+      if (type == HM_F64) add_at_f64(acc, grad, place, y * g->w + x, m);
+      else add_at_f32((float *)(void *)acc, grad, place, y * g->w + x, m);
+    }
+  }
+  put(out, g->xs, n, c, y, x, acc, type, m);
+}
+
+static int adaptive_backward(const hm_kernel_call *call) {
+  geometry g;
+  make_adaptive(&g, &call->out[0], &call->in[0], &call->in[1]);
+  const int threads = hm_cpu_threads(g.n * g.c * g.h * g.w, 8);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t u = 0; u < g.n * g.h; u++)
+    for (int64_t x = 0; x < g.w; x++)
+      for (int64_t c = 0; c < g.c; c += CHANNELS)
+        adaptive_pixel(&g, call, u / g.h, u % g.h, x, c, g.c - c < CHANNELS ? g.c - c : CHANNELS);
+  return HM_OK;
+}
+
 int HM_ISA_FN(hm_cpu_pool)(const hm_kernel_call *call) {
-  if (call->op == HM_OP_MAX_POOL2D) return forward(call);
-  if (call->op == HM_OP_MAX_POOL2D_BACKWARD) return backward(call);
-  return hm_cpu_fail(HM_ERR_UNSUPPORTED, "the cpu backend has no pooling with op id %d", call->op);
+  switch (call->op) {
+  case HM_OP_MAX_POOL2D: return forward(call);
+  case HM_OP_MAX_POOL2D_BACKWARD: return backward(call);
+  case HM_OP_MAX_POOL2D_PICK: return pick_chosen(call);
+  case HM_OP_ADAPTIVE_MAX_POOL2D: return adaptive_forward(call);
+  case HM_OP_ADAPTIVE_MAX_POOL2D_BACKWARD: return adaptive_backward(call);
+  default: return HM_ISA_FN(hm_cpu_resample)(call);
+  }
 }

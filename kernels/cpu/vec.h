@@ -1,8 +1,8 @@
 /*
  * vec.h -- what the reducing kernels share: native vectors, sums and maxima in one fixed order, tiles, rows.
  *
- * Included by reduce.c norm.c loss.c pool.c multi.c, each compiled once per instruction set; everything here is
- * static.
+ * Included by reduce.c spread.c norm.c loss.c pool.c multi.c, each compiled once per instruction set, and by scan.c;
+ * everything here is static.
  *
  * Order.  Whatever the instruction set, element i of a run goes to lane i mod 32; a lane takes its elements four at
  * a time, pairs first (which keeps chains of roundings short); lanes are folded in halves (16, 8, 4, 2, 1).  Runs
@@ -208,7 +208,7 @@ static inline const void *hm_tile_in(void *tile, int tile_dtype, const void *src
 /* n elements of a tile to dst (any dtype and stride), rounded once. */
 static inline void hm_tile_out(void *dst, int dtype, int64_t stride, const void *tile, int tile_dtype, int64_t n) {
   if (stride == 1) {
-    if (dst == tile) return;
+    if (dst == tile || n == 0) return;
     if (dtype == tile_dtype) memcpy(dst, tile, (size_t)(n * hm_dtype_size(dtype)));
     else hm_cpu_isa()->convert(dst, dtype, tile, tile_dtype, n);
     return;

@@ -315,6 +315,28 @@ static int multi_tensor(const hm_multi_call *call) {
   return settle(d, hm_cuda_multi_tensor(&on_stream), "optimizer");
 }
 
+static int late_tensor(const hm_multi_call *call, const hm_late *late) {
+  hm_cuda_device *d = hm_cuda_device_of(call->item[0].grad, "optimizer");
+  if (!d) return HM_ERR_DEVICE;
+  const int status = check(d, "optimizer");
+  if (status) return status;
+  hm_multi_call on_stream = *call;
+  on_stream.stream = d->compute;
+  cuda.current = d;
+  remember(d, OPTIMIZER);
+  return settle(d, hm_cuda_late_tensor(&on_stream, late), "optimizer");
+}
+
+static int late_scale(int device, const hm_scale_step *step) {
+  hm_cuda_device *d = hm_cuda_use(device);
+  if (!d) return HM_ERR_DEVICE;
+  const int status = check(d, "GradScaler");
+  if (status) return status;
+  cuda.current = d;
+  remember(d, OPTIMIZER);
+  return settle(d, hm_cuda_late_scale(step, d->compute), "GradScaler");
+}
+
 /* Packing queues a copy, like a kernel. */
 static int pack(const hm_kernel_call *call, int arg, void *dst) {
   hm_cuda_device *d = hm_cuda_device_of(dst, hm_cuda_op_name(call->op));
@@ -341,6 +363,14 @@ static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
   case HM_OP_CONV2D:
   case HM_OP_CONV2D_BACKWARD_INPUT:
   case HM_OP_CONV2D_BACKWARD_WEIGHT: return hm_cuda_conv_workspace(call, bytes);
+  case HM_OP_GATHER_BACKWARD:
+  case HM_OP_INDEX_SELECT_BACKWARD:
+  case HM_OP_INDEX_ADD:
+  case HM_OP_SCATTER:
+  case HM_OP_SCATTER_ADD:
+  case HM_OP_EMBEDDING_BACKWARD:
+  case HM_OP_SORT:
+  case HM_OP_TOPK: return hm_cuda_index_workspace(call, bytes);
   case HM_OP_SUM:
   case HM_OP_MEAN:
   case HM_OP_AMAX:
@@ -352,9 +382,30 @@ static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
   case HM_OP_ANY:
   case HM_OP_ALL:
   case HM_OP_LINEAR_BACKWARD_BIAS:
+  case HM_OP_PROD:
   case HM_OP_CONV2D_BACKWARD_BIAS: return hm_cuda_reduce_workspace(call, bytes);
+  case HM_OP_VAR:
+  case HM_OP_STD:
+  case HM_OP_NORM:
+  case HM_OP_LOGSUMEXP: return hm_cuda_spread_workspace(call, bytes);
+  case HM_OP_CUMSUM:
+  case HM_OP_CUMSUM_REVERSE:
+  case HM_OP_CUMPROD_BACKWARD:
+  case HM_OP_PROD_BACKWARD: return hm_cuda_scan_workspace(call, bytes);
+  case HM_OP_NLL_LOSS:
+  case HM_OP_NLL_LOSS_BACKWARD_BY_G:
   case HM_OP_CROSS_ENTROPY:
   case HM_OP_CROSS_ENTROPY_BACKWARD: return hm_cuda_loss_workspace(call, bytes);
+  case HM_OP_ATTENTION:
+  case HM_OP_ATTENTION_BACKWARD: return hm_cuda_attention_workspace(call, bytes);
+  case HM_OP_BATCH_NORM:
+  case HM_OP_BATCH_NORM_BACKWARD:
+  case HM_OP_LAYER_NORM:
+  case HM_OP_LAYER_NORM_BACKWARD:
+  case HM_OP_RMS_NORM:
+  case HM_OP_RMS_NORM_BACKWARD:
+  case HM_OP_GROUP_NORM:
+  case HM_OP_GROUP_NORM_BACKWARD: return hm_cuda_normalize_workspace(call, bytes);
   default: return HM_OK; /* the others need none */
   }
 }
@@ -363,11 +414,19 @@ static int user_launch(hm_user_kernel *kernel, const int64_t grid[3], const int6
                        hm_user_arg *arg, int n) {
   hm_cuda_device *d = hm_cuda_use(hm_cuda_user_device(kernel));
   if (!d) return HM_ERR_DEVICE;
-  const int status = check(d, "kernel");
+  char what[160];
+  snprintf(what, sizeof what, "kernel %s", hm_cuda_user_name(kernel));
+  const int status = check(d, what);
   if (status) return status;
   cuda.current = d;
   remember(d, USER_KERNEL);
-  return settle(d, hm_cuda_user_launch(d, kernel, grid, block, shared_bytes, arg, n), "kernel");
+  return settle(d, hm_cuda_user_launch(d, kernel, grid, block, shared_bytes, arg, n), what);
+}
+
+static void counters(hm_device_counters *out) {
+  memset(out, 0, sizeof *out);
+  hm_cuda_counters(out);
+  hm_cuda_conv_counters(out);
 }
 
 /* ====== The table ====== */
@@ -388,6 +447,7 @@ static void fill_backend(hm_backend *b) {
   b->synchronize = synchronize;
   b->kernel[HM_FAMILY_ELEMENTWISE] = entry<hm_cuda_elementwise>;
   b->kernel[HM_FAMILY_REDUCE] = entry<hm_cuda_reduce>;
+  b->kernel[HM_FAMILY_SCAN] = entry<hm_cuda_scan>;
   b->kernel[HM_FAMILY_COPY] = entry<hm_cuda_copy>;
   b->kernel[HM_FAMILY_FILL] = entry<hm_cuda_fill>;
   b->kernel[HM_FAMILY_RANDOM] = entry<hm_cuda_random>;
@@ -397,6 +457,7 @@ static void fill_backend(hm_backend *b) {
   b->kernel[HM_FAMILY_POOL] = entry<hm_cuda_pool>;
   b->kernel[HM_FAMILY_NORM] = entry<hm_cuda_norm>;
   b->kernel[HM_FAMILY_LOSS] = entry<hm_cuda_loss>;
+  b->kernel[HM_FAMILY_ATTENTION] = entry<hm_cuda_attention>;
   b->multi_tensor = multi_tensor;
   b->workspace_size = workspace_size;
   b->packing = packing;
@@ -405,7 +466,20 @@ static void fill_backend(hm_backend *b) {
   b->user_check = hm_cuda_user_check;
   b->user_launch = user_launch;
   b->user_free = hm_cuda_user_free;
-  b->counters = hm_cuda_counters;
+  b->counters = counters;
+  b->convolution = hm_cuda_cudnn_about;
+  b->host_alloc = hm_cuda_host_alloc;
+  b->host_free = hm_cuda_host_free;
+  b->transfer_new = hm_cuda_transfer_new;
+  b->transfer_free = hm_cuda_transfer_free;
+  b->transfer_start = hm_cuda_transfer_start;
+  b->transfer_join = hm_cuda_transfer_join;
+  b->transfer_ready = hm_cuda_transfer_ready;
+  b->late_tensor = late_tensor;
+  b->late_scale = late_scale;
+  b->fetch_begin = hm_cuda_fetch_begin;
+  b->fetch_end = hm_cuda_fetch_end;
+  b->fetch_drop = hm_cuda_fetch_drop;
 }
 
 /* The plug-in's door (kernels.h tells about it). */

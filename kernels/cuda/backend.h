@@ -3,10 +3,12 @@
  * them.
  *
  *   backend.cu   opens devices, runs kernels on the compute stream, turns CUDA's errors into messages; the struct hm_backend
- *   memory.cu    device memory, copies between host and device, counters
+ *   memory.cu    device memory, copies between host and device, pinned memory and transfers out of it, counters
  *   blas.cu      family matmul, and hm_cuda_gemm for everybody
- *   conv.cu      family conv
+ *   conv.cu      family conv: by cuDNN, or as im2col and products
+ *   cudnn.cu     convolutions by cuDNN, where it is found
  *   nvrtc.cu     kernels compiled at run time
+ *   fetch.cu     small copies to the host that nobody waits for
  *
  * Each device has one compute stream, on which all kernels, products and allocations are ordered, and one copy stream for transfers; events
  * order the two.  Everything here runs on the host, on core's mutator thread.
@@ -78,6 +80,14 @@ void *hm_cuda_mem_alloc(int device, size_t bytes);
 void hm_cuda_mem_free(int device, void *data, size_t bytes);
 int hm_cuda_mem_to_host(void *host, const void *data, size_t bytes, void *stream);
 int hm_cuda_mem_from_host(void *data, const void *host, size_t bytes, void *stream);
+/* Pinned memory and uploads that nobody waits for, as kernels.h has them. */
+void *hm_cuda_host_alloc(int device, size_t bytes);
+void hm_cuda_host_free(int device, void *data, size_t bytes);
+int hm_cuda_transfer_new(int device, hm_transfer **out);
+void hm_cuda_transfer_free(hm_transfer *transfer);
+int hm_cuda_transfer_start(hm_transfer *transfer, const hm_piece *piece, int n);
+int hm_cuda_transfer_join(hm_transfer *transfer);
+int hm_cuda_transfer_ready(hm_transfer *transfer, bool wait, bool *ready);
 /* Zeroes device memory, in the order of the compute stream. */
 int hm_cuda_zero(void *data, size_t bytes, const char *what);
 /* dst = src, converted once, both strided; through the family copy, on the running call's stream. */
@@ -110,6 +120,8 @@ typedef struct hm_cuda_product {
 bool hm_cuda_gemm_takes(int x, int y, int out);
 /* Runs a product with m, n, k and batches above 0.  `bias` needs batches == 1. */
 int hm_cuda_gemm(const hm_cuda_product *p);
+/* Does HALFMOON_TF32=1 let float32 products round their operands? */
+bool hm_cuda_tf32(void);
 /* Opens the handles of a device. */
 int hm_cuda_blas_open(hm_cuda_device *device);
 int hm_cuda_matmul(const hm_kernel_call *call);
@@ -122,15 +134,61 @@ int hm_cuda_conv_workspace(const hm_kernel_call *call, size_t *bytes);
 int hm_cuda_conv_packing(const hm_kernel_call *call, int arg, hm_packing *out);
 int hm_cuda_conv_pack(const hm_kernel_call *call, int arg, void *dst);
 
+/* Adds to the counters: convolutions by cuDNN, through im2col, and refused by cuDNN. */
+void hm_cuda_conv_counters(hm_device_counters *out);
+
+/* ====== cudnn.cu ====== */
+
+typedef enum hm_cuda_conv_kind { HM_CUDA_CONV_FORWARD, HM_CUDA_CONV_INPUT, HM_CUDA_CONV_WEIGHT } hm_cuda_conv_kind;
+
+/* What an algorithm is chosen for; zeroed before it is filled.  All operands are of one dtype (F16, BF16, F32) and channels-last. */
+typedef struct hm_cuda_conv_shape {
+  int32_t kind, dtype;
+  int32_t tf32, pad; /* tf32: float32 operands may be rounded to TF32 */
+  int64_t n, c, h, w, o, oh, ow, kh, kw, sh, sw, ph, pw, dh, dw, groups;
+} hm_cuda_conv_shape;
+
+typedef enum hm_cuda_cudnn_answer {
+  HM_CUDA_CUDNN_ABSENT,  /* no library, or switched off */
+  HM_CUDA_CUDNN_NO,      /* the library refuses this shape */
+  HM_CUDA_CUDNN_YES,     /* it can, or has done it */
+  HM_CUDA_CUDNN_LAY_BIAS /* nothing was done: write the bias to the result, then call again with `add` */
+} hm_cuda_cudnn_answer;
+
+typedef struct hm_cuda_cudnn_call {
+  const char *name;
+  void *x, *weight, *out; /* one of them is written, by the shape's kind */
+  const void *bias;       /* forward: [o] of the shape's dtype, or NULL */
+  bool add;               /* forward, by weight: add to what the result holds */
+  void *workspace;        /* as much as was asked for */
+} hm_cuda_cudnn_call;
+
+/* Asks whether cuDNN does it, and for its workspace.  Fails where HALFMOON_CUDNN names a library that does not work. */
+int hm_cuda_cudnn_ask(hm_cuda_device *device, const hm_cuda_conv_shape *shape, hm_cuda_cudnn_answer *answer,
+                      size_t *workspace);
+/* Queues a convolution that was answered YES.  Answers YES, LAY_BIAS, or NO (from now on; nothing was queued). */
+int hm_cuda_cudnn_run(hm_cuda_device *device, const hm_cuda_conv_shape *shape, const hm_cuda_cudnn_call *call,
+                      hm_cuda_cudnn_answer *answer);
+/* "cudnn 9.19.0", or "im2col + cublas (why)"; valid until the next call. */
+const char *hm_cuda_cudnn_about(int device);
+
+/* ====== fetch.cu ====== */
+
+int hm_cuda_fetch_begin(int device, const void *data, size_t bytes, hm_fetch **out);
+int hm_cuda_fetch_end(hm_fetch *fetch, void *host, bool wait, bool *done);
+void hm_cuda_fetch_drop(hm_fetch *fetch);
+
 /* ====== nvrtc.cu ====== */
 
-int hm_cuda_user_compile(int device, const char *source, const char *name, hm_user_kernel **out);
+int hm_cuda_user_compile(int device, const char *source, const char *name, bool exact, hm_user_kernel **out);
 int hm_cuda_user_check(const hm_user_kernel *kernel, hm_user_arg *arg, int n);
 /* On the kernel's own device, which is the current one. */
 int hm_cuda_user_launch(hm_cuda_device *device, hm_user_kernel *kernel, const int64_t grid[3], const int64_t block[3],
                         int64_t shared_bytes, hm_user_arg *arg, int n);
 int hm_cuda_user_device(const hm_user_kernel *kernel);
 void hm_cuda_user_free(hm_user_kernel *kernel);
+/* Its name; lives as long as the kernel. */
+const char *hm_cuda_user_name(const hm_user_kernel *kernel);
 
 /* A dense row-major view. */
 static inline hm_view hm_cuda_dense(void *data, int dtype, int ndim, const int64_t *shape) {

@@ -6,6 +6,11 @@
  * operands.  A bias goes into the product's epilogue (cublasLt); where that offers nothing, it is laid out first and the product added to it, which
  * rounds as often: once.  Operands of mixed dtypes and results that cuBLAS has no product for go through float32 copies in the workspace.
  *
+ * cublasLt's other epilogues are not used.  Its ReLU is max(x, 0), for which no manual promises that NaN stays NaN, and an overflow that is swallowed
+ * is a wrong step.  Its GELU is the tanh form alone, by a device function without a stated error: elementwise ops agree to the bit on all devices,
+ * and a fused one could not.  Their gradients (DRELU, DGELU) read what those epilogues save.  A bias gradient (BGRADA, BGRADB) would come with the
+ * weight gradient as one op of two results, each of its own dtype and each wanted or not; the op table has them as two rows.
+ *
  * Both handles of a device work on its compute stream with one workspace, so the order of sums, and with it the bits, is the same in every run.
  * Descriptors and chosen algorithms of cublasLt are kept, by shape.
  */
@@ -15,6 +20,8 @@
 #include "backend.h"
 
 static bool use_tf32;
+
+bool hm_cuda_tf32(void) { return use_tf32; }
 
 int hm_cuda_blas_open(hm_cuda_device *d) {
   const char *tf32 = getenv("HALFMOON_TF32");

@@ -111,7 +111,7 @@ static void set_turned(turned *t, const hm_loop *l, int row) {
 /* ====== Choosing ====== */
 
 struct identity {
-  enum { inputs = 1, attrs = 0, width = 8, ints = 0 };
+  enum { inputs = 1, attrs = 0, width = 8, ints = 0, runs = 1 };
   static void constants(const hm_attr *, float *) {}
   HM_DEV float value(const float *a, const float *) { return a[0]; }
 };

@@ -5,7 +5,8 @@
 #   cuda-report  registers, shared memory and spills of every kernel; fails on a spill
 #   cuda-emu     halfmoon-cuda-emu.so by g++ alone: the same sources on the test double
 #
-# CUDA=/path says where the toolkit is, CUDA=0 leaves it out.  Nothing here is needed by the program itself.
+# `make` builds the first where nvcc is found; `make demo` and `make test` do not wait for it.  CUDA=/path says where the toolkit is,
+# CUDA=0 leaves it out.  Nothing here is needed by the program itself.
 
 CUDA ?= $(patsubst %/bin/nvcc,%,$(firstword $(wildcard $(dir $(shell command -v nvcc 2>/dev/null))nvcc /usr/local/cuda/bin/nvcc)))
 NVCC := $(if $(filter-out 0,$(CUDA)),$(wildcard $(CUDA)/bin/nvcc))
@@ -24,13 +25,19 @@ CUDA_FLAGS := -std=c++17 -O3 -g -fmad=false -Xcompiler -fPIC,-Wall,-Wextra,-fvis
 CUDA_ARCHS := -gencode arch=compute_75,code=compute_75 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
 # What `cuda-all` adds: every other real architecture that this nvcc has.
 CUDA_MORE = $(foreach a,$(filter-out 80 90,$(patsubst sm_%,%,$(filter sm_75 sm_86 sm_87 sm_89 sm_100 sm_103 sm_120,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))),-gencode arch=compute_$(a),code=sm_$(a))
+# What cuda-report compiles for.
+REPORT_ARCH ?= sm_90
+CUDA_PTXAS = $(CUDA_CU:kernels/cuda/%.cu=$(CUDA_OUT)/%.$(REPORT_ARCH).ptxas)
 CUDA_LIBDIR = $(firstword $(wildcard $(CUDA)/lib64 $(CUDA)/lib))
 CUDA_LINK   = -L$(CUDA_LIBDIR) -lcublas -lcublasLt -lnvrtc -Xlinker -rpath,$(CUDA_LIBDIR) -Xlinker --no-undefined
 
-.PHONY: cuda cuda-all cuda-report cuda-emu
+.PHONY: plug-in cuda cuda-all cuda-report cuda-emu
 ifneq ($(NVCC),)
 
-cuda: $(CUDA_PLUGIN) ## the CUDA plug-in, build/halfmoon-cuda.so, where nvcc is found (minutes)
+# nvcc takes long: the files side by side, also where make was called without -j.
+plug-in cuda: | $(GEN)/stamp
+	@$(MAKE) $(jobs) $(CUDA_PLUGIN)
+cuda: ## the CUDA plug-in, build/halfmoon-cuda.so, where nvcc is found (minutes)
 
 cuda-all: ## the CUDA plug-in with code for every GPU up to compute capability 12.0
 	@$(MAKE) cuda CUDA_ARCHS='$(CUDA_ARCHS) $(CUDA_MORE)'
@@ -50,18 +57,22 @@ $(CUDA_PLUGIN): $(CUDA_O)
 	$(call say,LD,$@)
 	$(Q)$(NVCC) -shared -cudart shared -o $@ $(CUDA_O) $(CUDA_LINK)
 
-# One line for each kernel and architecture: registers, stack, spills, shared memory.
+# One line for each kernel: registers, shared memory, stack, spills.
 cuda-report: | $(GEN)/stamp ## registers, shared memory and spills of every CUDA kernel
-	@mkdir -p $(CUDA_OUT)
-	$(Q)for f in $(CUDA_CU:kernels/cuda/%.cu=%); do \
-	  $(NVCC) -std=c++17 -O3 -fmad=false -arch=sm_90 $(CUDA_INCLUDES) -Xptxas -v -diag-suppress 177 -c kernels/cuda/$$f.cu -o /dev/null || exit 1; \
-	done > $(CUDA_OUT)/ptxas.txt 2>&1 || { cat $(CUDA_OUT)/ptxas.txt; exit 1; }
-	$(Q)scripts/cuda-report $(CUDA_OUT)/ptxas.txt
+	@$(MAKE) $(jobs) $(CUDA_PTXAS)
+	$(Q)scripts/cuda-report $(CUDA_PTXAS)
+$(CUDA_OUT)/%.$(REPORT_ARCH).ptxas: kernels/cuda/%.cu $(wildcard kernels/*.h kernels/cuda/*.h) $(GEN)/stamp $(CUDA_OUT)/flags
+	$(call say,PTXAS,$(@:$(BUILD)/%=%))
+	$(Q)$(NVCC) $(CUDA_FLAGS) -arch=$(REPORT_ARCH) $(CUDA_INCLUDES) -DHM_CUDA_INCLUDE='"$(CUDA)/include"' -Xptxas -v -cubin $< -o $@.cubin > $@.log 2>&1 \
+	  || { cat $@.log; exit 1; }
+	$(Q)rm -f $@.cubin && mv $@.log $@
 
 -include $(CUDA_O:.o=.d)
 
 else
 
+plug-in:
+	@printf '  → %-18s %s\n' CUDA '$(if $(filter 0,$(CUDA)),left out: CUDA=0,no nvcc: the plug-in for CUDA is left out (make CUDA=/path says where the toolkit is))'
 cuda cuda-all cuda-report:
 	@echo 'no nvcc was found: install the CUDA toolkit, or say where it is (make $@ CUDA=/path)'; exit 1
 

@@ -1,38 +1,25 @@
 /*
- * elementwise.cu -- the family elementwise: the op table's formulas on the device.
+ * elementwise.cu -- the family elementwise: which part of the op table's formulas an op is in.
  *
- * build/gen/tiles.cuh has a functor for each row; elementwise.h runs it.  Built without contraction, so that the
- * results are those of the CPU to the bit; on the host with -fwrapv, since integers wrap.
+ * build/gen/tiles.cuh has a functor for each row, in parts; elementwise_N.cu compiles part N by elementwise_part.h.
  */
-#include "elementwise.h"
+#include "kernels_cuda.h"
 
-#ifndef __CUDACC__
-#pragma GCC diagnostic ignored "-Wtautological-compare" /* x != x is how a formula asks for NaN, of integers too */
-#endif
+#define HM_TILES_PART 0
 #include "tiles.cuh"
 
-template <class Op> static int run(const hm_kernel_call *call, const char *name) {
-  const hm_view *out = &call->out[0], *in = call->in;
-  if (call->compute == HM_F32)
-    return hm_elements_run<Op, float>(name, out, in, call->attr, nullptr, call->op, call->stream);
-  if (call->compute == HM_F64)
-    return hm_elements_run<Op, double>(name, out, in, call->attr, nullptr, call->op, call->stream);
-  if constexpr (Op::ints) {
-    if (call->compute == HM_I64) {
-      const bool divides = call->op == HM_OP_FLOOR_DIVIDE || call->op == HM_OP_REMAINDER;
-      hm_cuda_fault *const fault = divides ? hm_cuda_fault_word(call->stream) : nullptr;
-      return hm_elements_run<Op, int64_t>(name, out, in, call->attr, fault, call->op, call->stream);
-    }
-  }
-  return hm_cuda_fail(HM_ERR_DTYPE, "%s: cannot be computed in %s", name, hm_dtype_name(call->compute));
-}
+#define X(part) extern "C" int hm_cuda_elementwise_##part(const hm_kernel_call *call);
+HM_TILES_PARTS(X)
+#undef X
 
 extern "C" int hm_cuda_elementwise(const hm_kernel_call *call) {
+#define IN_PART(name, id) case id:
+#define X(part)                                                                                                        \
+  HM_TILES_##part(IN_PART) return hm_cuda_elementwise_##part(call);
   switch (call->op) {
-#define X(name, id)                                                                                                    \
-  case id: return run<hm_tile_##name>(call, #name);
-    HM_TILES(X)
-#undef X
+    HM_TILES_PARTS(X)
   default: return hm_cuda_fail(HM_ERR_UNSUPPORTED, "the cuda backend has no elementwise op with id %d", call->op);
   }
+#undef X
+#undef IN_PART
 }

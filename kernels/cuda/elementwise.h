@@ -7,7 +7,8 @@
  * broadcast operands.  `single` takes one element a time, of any dtypes and strides.  Dtypes are looked at once for
  * each group of elements, so there is no kernel for each combination.
  *
- * A functor has inputs, attrs, width and value(inputs, constants); see scripts/gen/emit_cuda.lua.
+ * A functor has inputs, attrs, width, runs (0: the kernel `single` is enough) and value(inputs, constants); see
+ * scripts/gen/emit_cuda.lua.
  */
 #ifndef HM_CUDA_ELEMENTWISE_H
 #define HM_CUDA_ELEMENTWISE_H
@@ -144,7 +145,7 @@ static int hm_elements_run(const char *name, const hm_view *out, const hm_view *
   e.fault = fault;
   e.op = op;
   return hm_each_piece(&loop, N + 1, base, [&](const hm_loop &l, const int64_t *at) {
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (sizeof(T) == 4 && Op::runs) {
       if (hm_elements_set(&e, &l, at, out, in, Op::width))
         return HM_RUN(name, (hm_elements_runs<Op>), hm_blocks(e.walk.count), HM_BLOCK, 0, stream, e);
     } else {

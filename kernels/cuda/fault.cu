@@ -4,7 +4,7 @@
  * Runs on the host; called by the backend when it has waited for a stream.  Owns nothing: the record belongs to the
  * backend.
  */
-#include "kernels_cuda.h"
+#include "backend.h"
 
 static int describe(const hm_cuda_fault *f) {
   const long long value = f->value, limit = f->limit;
@@ -15,9 +15,29 @@ static int describe(const hm_cuda_fault *f) {
                         "cross_entropy: target %lld is not a class: there are C = %lld classes, 0 to %lld\n"
                         "  hint: class labels count from 0; ignored positions must hold ignore_index",
                         value, limit, limit - 1);
+  case HM_OP_NLL_LOSS:
+  case HM_OP_NLL_LOSS_BACKWARD:
+  case HM_OP_NLL_LOSS_BACKWARD_BY_G:
+    return hm_cuda_fail(f->code,
+                        "%s: target %lld is not a class: there are C = %lld classes, 0 to %lld\n"
+                        "  hint: class labels count from 0; ignored positions must hold ignore_index",
+                        hm_cuda_op_name(f->op), value, limit, limit - 1);
   case HM_OP_SELECT_BACKWARD:
-    return hm_cuda_fail(f->code, "select_backward: index %lld is outside of [0, %lld)", value, limit);
-  default: return hm_cuda_fail(f->code, "integer division by zero");
+  case HM_OP_GATHER:
+  case HM_OP_GATHER_BACKWARD:
+  case HM_OP_INDEX_SELECT:
+  case HM_OP_INDEX_SELECT_BACKWARD:
+  case HM_OP_INDEX_ADD:
+  case HM_OP_SCATTER:
+  case HM_OP_SCATTER_ADD:
+  case HM_OP_EMBEDDING:
+  case HM_OP_EMBEDDING_BACKWARD:
+  case HM_OP_ONE_HOT:
+    return hm_cuda_fail(f->code, "%s: index %lld is outside of [0, %lld)\n  hint: ids count from 0",
+                        hm_cuda_op_name(f->op), value, limit);
+  default:
+    return hm_cuda_fail(f->code, "%s: integer division by zero",
+                        f->op == HM_OP_REMAINDER ? "remainder" : "floor_divide");
   }
 }
 

@@ -6,6 +6,7 @@
  * thread makes the four elements of one counter. float64 normal numbers go through the device's log, sin and cos, and
  * may differ in the last place.
  */
+#include "philox.h"
 #include "view.h"
 
 /* ====== Constants ====== */
@@ -127,6 +128,7 @@ struct ordered {
   void *out;
   int32_t dtype;
   bool dense; /* row-major: offset i */
+  bool runs;  /* and four floats may be stored as one run */
   int64_t count;
 };
 
@@ -153,6 +155,7 @@ static bool set_ordered(ordered *o, const hm_view *v) {
   o->walk = hm_make_walk<1>(&l);
   o->out = v->data;
   o->dtype = v->dtype;
+  o->runs = o->dense && hm_runs_take(v->dtype) && (uintptr_t)v->data % 16 == 0;
   return true;
 }
 
@@ -252,14 +255,14 @@ extern "C" int hm_cuda_fill(const hm_kernel_call *call) {
 
 /* ====== Philox ====== */
 
-enum { UNIFORM, NORMAL, INTEGERS };
+enum { UNIFORM, NORMAL, INTEGERS, CHANCES };
 
 struct draws {
   ordered o;
   uint64_t seed, offset;
   double a, b, top; /* uniform: low, range, largest; normal: mean, std */
   int64_t low;
-  uint64_t range;
+  uint64_t range; /* chances: the threshold */
 };
 
 struct words {
@@ -267,19 +270,8 @@ struct words {
 };
 
 HM_DEV words philox(uint64_t seed, uint64_t counter, uint32_t stream) {
-  words c = {{(uint32_t)counter, (uint32_t)(counter >> 32), stream, 0}};
-  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-#pragma unroll
-  for (int round = 0; round < 10; round++) {
-    const uint32_t a_high = __umulhi(c.w[0], 0xd2511f53u), a_low = c.w[0] * 0xd2511f53u;
-    const uint32_t b_high = __umulhi(c.w[2], 0xcd9e8d57u), b_low = c.w[2] * 0xcd9e8d57u;
-    c.w[0] = b_high ^ c.w[1] ^ k0;
-    c.w[1] = b_low;
-    c.w[2] = a_high ^ c.w[3] ^ k1;
-    c.w[3] = a_low;
-    k0 += 0x9e3779b9u;
-    k1 += 0xbb67ae85u;
-  }
+  words c;
+  hm_philox_words(c.w, seed, counter, stream);
   return c;
 }
 
@@ -328,10 +320,15 @@ HM_DEV void make_integers(const draws &d, const uint64_t *w, int64_t *x) {
   for (int k = 0; k < 4; k++) x[k] = (int64_t)((uint64_t)d.low + (uint64_t)__umul64hi(w[k], d.range));
 }
 
+HM_DEV void make_chances(const draws &d, const uint32_t *w, float *x) {
+#pragma unroll
+  for (int k = 0; k < 4; k++) x[k] = w[k] < d.range ? 1.0f : 0.0f;
+}
+
 /* Stores the elements 4 i ... that exist. */
 template <class T> HM_DEV void store_four(const ordered &o, int64_t i, const T *x) {
   if constexpr (sizeof(T) == 4) {
-    if (o.dense && 4 * i + 4 <= o.count && (uintptr_t)o.out % 16 == 0) {
+    if (o.runs && 4 * i + 4 <= o.count) {
       hm_store_run<4>(o.out, o.dtype, 4 * i, x);
       return;
     }
@@ -354,7 +351,32 @@ template <int WHAT, class T> static __global__ void __launch_bounds__(HM_BLOCK, 
     }
     if constexpr (WHAT == UNIFORM) make_uniform(d, high.w, both, x);
     else if constexpr (WHAT == NORMAL) make_normal(d, high.w, both, x);
+    else if constexpr (WHAT == CHANCES) make_chances(d, high.w, x);
     else make_integers(d, both, x);
+    store_four(d.o, i, x);
+  }
+}
+
+/* ====== dropout ====== */
+
+struct dropping {
+  ordered o, x;
+  uint64_t seed, offset, threshold;
+  double keep; /* what stays is multiplied by */
+};
+
+template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) drop(dropping d) {
+  const int64_t counters = (d.o.count + 3) / 4;
+  const T keep = (T)d.keep;
+  for (int64_t i = first_of_thread(); i < counters; i += all_threads()) {
+    const words w = philox(d.seed, d.offset + (uint64_t)i, 0);
+    int64_t at[4];
+    T x[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) at[k] = 4 * i + k < d.o.count ? place_of(d.x, 4 * i + k) : 0;
+    hm_load_many<4>(d.x.out, d.x.dtype, at, x);
+#pragma unroll
+    for (int k = 0; k < 4; k++) x[k] = w.w[k] < d.threshold ? (T)0 : x[k] * keep;
     store_four(d.o, i, x);
   }
 }
@@ -412,7 +434,43 @@ static int random_integers(draws *d, int64_t low, int64_t high, void *stream) {
   return HM_RUN("random_", (fill_random<INTEGERS, int64_t>), hm_blocks((d->o.count + 3) / 4), HM_BLOCK, 0, stream, *d);
 }
 
+static int check_chance(const char *name, double p) {
+  return p >= 0 && p <= 1 ? HM_OK : hm_cuda_fail(HM_ERR_ARG, "%s: p must be from 0 to 1, got %g", name, p);
+}
+
+static int bernoulli(const hm_kernel_call *call) {
+  draws d;
+  memset(&d, 0, sizeof d);
+  const int status = check_chance("bernoulli_", call->attr[0].f);
+  if (status || !set_ordered(&d.o, &call->out[0])) return status;
+  if (!d.o.dense && d.o.count >= HM_CUDA_PIECE) return too_large("bernoulli_");
+  d.seed = (uint64_t)call->attr[1].v[0];
+  d.offset = (uint64_t)call->attr[1].v[1];
+  d.range = hm_philox_threshold(call->attr[0].f);
+  return HM_RUN("bernoulli_", (fill_random<CHANCES, float>), hm_blocks((d.o.count + 3) / 4), HM_BLOCK, 0, call->stream,
+                d);
+}
+
+static int dropout(const hm_kernel_call *call) {
+  dropping d;
+  memset(&d, 0, sizeof d);
+  const double p = call->attr[0].f;
+  const int status = check_chance("dropout", p);
+  if (status || !set_ordered(&d.o, &call->out[0])) return status;
+  set_ordered(&d.x, &call->in[0]);
+  if (!(d.o.dense && d.x.dense) && d.o.count >= HM_CUDA_PIECE) return too_large("dropout");
+  d.seed = (uint64_t)call->attr[1].v[0];
+  d.offset = (uint64_t)call->attr[1].v[1];
+  d.threshold = hm_philox_threshold(p);
+  d.keep = 1 / (1 - p);
+  const unsigned blocks = hm_blocks((d.o.count + 3) / 4);
+  if (call->compute == HM_F64) return HM_RUN("dropout", (drop<double>), blocks, HM_BLOCK, 0, call->stream, d);
+  return HM_RUN("dropout", (drop<float>), blocks, HM_BLOCK, 0, call->stream, d);
+}
+
 extern "C" int hm_cuda_random(const hm_kernel_call *call) {
+  if (call->op == HM_OP_BERNOULLI_) return bernoulli(call);
+  if (call->op == HM_OP_DROPOUT) return dropout(call);
   const hm_attr *const a = call->attr;
   const int dtype = call->out[0].dtype;
   draws d;

@@ -4,7 +4,7 @@
  * Each thread brings a value; values meet in halves (16, 8, 4, 2, 1) within a warp, then in order of the warps.
  * Every thread gets the result. Nothing depends on which thread comes first, so the bits are the same in every run.
  *
- * Included by reduce.cu, norm.cu, loss.cu and multi.cu.  Owns nothing.
+ * Included by reduce.h, norm.cu, loss.cu, multi.cu, scan.cu and nll.cu.  Owns nothing.
  */
 #ifndef HM_CUDA_GROUP_H
 #define HM_CUDA_GROUP_H

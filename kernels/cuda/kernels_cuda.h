@@ -7,8 +7,10 @@
  *
  *   elementwise.cu  elementwise        copy.cu  copy, cast      norm.cu    softmax and kin
  *   reduce.cu       reductions         fill.cu  fill, random    loss.cu    cross entropy
- *   index.cu        select_backward    pool.cu  max_pool2d      multi.cu   multi-tensor passes
+ *   index.cu        ids (see index.h)  pool.cu  pooling         multi.cu   multi-tensor passes
  *   im2col.cu       for convolution    fault.cu faults as messages
+ *   rownorm.cu      layer, rms norm    normalize.cu  batch and group norm
+ *   spread.cu       var, norm and kin  scan.cu  running sums    nll.cu     nll_loss
  *
  * Bad values that only the device sees (a class label out of range, a division by integer zero) become a fault: a
  * small record in memory that the host can read without a copy.  The first one is kept; the backend looks after each
@@ -39,12 +41,25 @@ int hm_cuda_fill(const hm_kernel_call *call);
 int hm_cuda_random(const hm_kernel_call *call);
 int hm_cuda_index(const hm_kernel_call *call);
 int hm_cuda_pool(const hm_kernel_call *call);
+int hm_cuda_resample(const hm_kernel_call *call); /* resample.cu: what pool.cu hands on */
 int hm_cuda_norm(const hm_kernel_call *call);
+int hm_cuda_normalize(const hm_kernel_call *call);    /* rownorm.cu: what norm.cu hands on */
+int hm_cuda_channel_norm(const hm_kernel_call *call); /* normalize.cu: what rownorm.cu hands on */
 int hm_cuda_loss(const hm_kernel_call *call);
+int hm_cuda_attention(const hm_kernel_call *call);
+int hm_cuda_scan(const hm_kernel_call *call);
+int hm_cuda_spread(const hm_kernel_call *call); /* what reduce.cu hands on */
+int hm_cuda_nll(const hm_kernel_call *call);    /* what loss.cu hands on */
 
 /* Scratch memory of a call; families without a function here need none. */
 int hm_cuda_reduce_workspace(const hm_kernel_call *call, size_t *bytes);
 int hm_cuda_loss_workspace(const hm_kernel_call *call, size_t *bytes);
+int hm_cuda_attention_workspace(const hm_kernel_call *call, size_t *bytes);
+int hm_cuda_spread_workspace(const hm_kernel_call *call, size_t *bytes);
+int hm_cuda_scan_workspace(const hm_kernel_call *call, size_t *bytes);
+int hm_cuda_index_workspace(const hm_kernel_call *call, size_t *bytes);
+int hm_cuda_normalize_workspace(const hm_kernel_call *call, size_t *bytes);
+int hm_cuda_channel_norm_workspace(const hm_kernel_call *call, size_t *bytes); /* its part in normalize.cu */
 
 /* Every element of `out` becomes a number: i when out's dtype is an integer or bool, else f. */
 int hm_cuda_fill_number(const hm_view *out, double f, int64_t i, void *stream);
@@ -57,45 +72,9 @@ int hm_cuda_fill_scalar(const hm_view *out, const hm_view *number, void *stream)
  * queue and return. Scratch memory comes from cudaMallocAsync and goes back in the same call. */
 int hm_cuda_multi_tensor(const hm_multi_call *call);
 
-/* ---- without a wait: what a scaler and an optimizer keep on the device.  All in device memory, zeroed or set by
- * the host at the start ---- */
-
-/* One scaler. */
-typedef struct hm_cuda_scaler {
-  double scale;      /* the scale that the next loss is multiplied by; gradients in flight were made with it */
-  int32_t clean;     /* steps since the last change */
-  int32_t found_inf; /* set by hm_cuda_check_async if any optimizer found one, cleared by hm_cuda_scaler_update */
-  int64_t updates;   /* how often hm_cuda_scaler_update ran */
-  int64_t overflows; /* how many of those found an overflow */
-} hm_cuda_scaler;
-
-/* One optimizer with one scaler. */
-typedef struct hm_cuda_found {
-  int32_t found_inf; /* of the last check */
-  int32_t unscaled;  /* host sets 1 when gradients have been unscaled already: updates then take them as they are */
-  int64_t skipped;   /* steps that hm_cuda_update_async skipped so far, so that t = attempt - skipped */
-  int64_t inf_count, nan_count; /* of the last check */
-  double sum_sq, amax;          /* of the last check, unscaled */
-} hm_cuda_found;
-
-/* A pass that reads the scale and the flag from device memory.  call->inv_scale is ignored: it is 1 / scaler->scale. */
-typedef struct hm_cuda_async {
-  hm_cuda_scaler *scaler;
-  hm_cuda_found *found;
-  hm_multi_stat *stat;    /* check: n of them in device memory, or NULL */
-  const int64_t *attempt; /* update: by group, on the host: number of step() calls including this one; or NULL */
-  double max_norm; /* update: clip to this norm by found->sum_sq, 0 for none; call->grad_mul is applied as well */
-} hm_cuda_async;
-
-/* CHECK or UNSCALE: fills *found, raises scaler->found_inf.  UNSCALE writes the gradients. */
-int hm_cuda_check_async(const hm_multi_call *call, const hm_cuda_async *a);
-/* SGD or ADAM: does nothing on the device but count when found->found_inf is set.  Bias corrections and SGD's
- * first step come from attempt - skipped, or from call->group where attempt is NULL or 0. */
-int hm_cuda_update_async(const hm_multi_call *call, const hm_cuda_async *a);
-/* The rule of the policy "dynamic", then the scale is held between min_scale and max_scale (each 0 or infinite: none).
- * The result is rounded to float32, as a scale is. */
-int hm_cuda_scaler_update(hm_cuda_scaler *scaler, double growth_factor, double backoff_factor, int32_t growth_interval,
-                          double min_scale, double max_scale, void *stream);
+/* hm_backend.late_tensor and late_scale, on call->stream and `stream`. */
+int hm_cuda_late_tensor(const hm_multi_call *call, const hm_late *late);
+int hm_cuda_late_scale(const hm_scale_step *step, void *stream);
 
 /* ====== Convolution as a matrix product ====== */
 

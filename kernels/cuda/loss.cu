@@ -353,5 +353,5 @@ static int backward(const hm_kernel_call *call) {
 extern "C" int hm_cuda_loss(const hm_kernel_call *call) {
   if (call->op == HM_OP_CROSS_ENTROPY) return forward(call);
   if (call->op == HM_OP_CROSS_ENTROPY_BACKWARD) return backward(call);
-  return hm_cuda_fail(HM_ERR_UNSUPPORTED, "the cuda backend has no loss with op id %d", call->op);
+  return hm_cuda_nll(call);
 }

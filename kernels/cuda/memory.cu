@@ -2,10 +2,14 @@
  * memory.cu -- device memory and everything that crosses between host and device.
  *
  * Memory is ordered by the compute stream: a block that core's allocator hands on may still be read by work queued there, and the next user's work
- * comes behind it.  Transfers run on the copy stream, behind the compute stream's work so far; uploads go through pinned buffers of our own, two of
+ * comes behind it.  Copies run on the copy stream, behind the compute stream's work so far; uploads go through pinned buffers of our own, two of
  * them in turn, so that the host copies the next piece while the device fetches the last, and does not wait for the device at all unless both are
  * in use.  A download goes the same way and waits, since its caller wants the values.  Owns the pinned buffers, for the life of the process.
+ *
+ * A transfer copies out of pinned memory that its user owns: it too runs on the copy stream, but the compute stream waits for it only from the
+ * place where it is joined, so that kernels queued in between run beside it.
  */
+#include <stdlib.h>
 #include <string.h>
 
 #include "backend.h"
@@ -128,6 +132,98 @@ int hm_cuda_mem_from_host(void *data, const void *host, size_t bytes, void *stre
     e = upload_piece(d, (char *)data + at, (const char *)host + at, piece);
   }
   if (e == cudaSuccess) e = order(d->copy, d->compute, d->join);
+  return hm_cuda_device_status(d, e, "copy to the device");
+}
+
+/* ====== Transfers ====== */
+
+struct hm_transfer {
+  int device;
+  cudaEvent_t done; /* behind the copies */
+  bool begun;       /* copies were queued that nobody has seen done */
+};
+
+void *hm_cuda_host_alloc(int device, size_t bytes) {
+  hm_cuda_device *d = hm_cuda_use(device);
+  void *data = NULL;
+  if (!d || d->lost) return NULL;
+  const cudaError_t e = cudaHostAlloc(&data, bytes, cudaHostAllocDefault);
+  if (e == cudaSuccess) return data;
+  hm_cuda_device_status(d, e, "allocating pinned memory"); /* a lost device is told by the next call, too */
+  return NULL;
+}
+
+void hm_cuda_host_free(int device, void *data, size_t bytes) {
+  (void)bytes;
+  hm_cuda_device *d = data ? hm_cuda_use(device) : NULL;
+  if (!d) return;
+  const cudaError_t e = cudaFreeHost(data);
+  if (e != cudaSuccess && !d->lost) hm_cuda_device_status(d, e, "freeing pinned memory");
+}
+
+int hm_cuda_transfer_new(int device, hm_transfer **out) {
+  *out = NULL;
+  hm_cuda_device *d = hm_cuda_use(device);
+  if (!d) return HM_ERR_DEVICE;
+  if (d->lost) return hm_cuda_wait(d, "transfer");
+  hm_transfer *t = (hm_transfer *)calloc(1, sizeof *t);
+  if (!t) return hm_cuda_fail(HM_ERR_MEMORY, "out of memory: %zu bytes of host memory were refused", sizeof *t);
+  t->device = device;
+  const int status = hm_cuda_device_status(d, cudaEventCreateWithFlags(&t->done, cudaEventDisableTiming), "transfer");
+  if (status) free(t);
+  else *out = t;
+  return status;
+}
+
+void hm_cuda_transfer_free(hm_transfer *t) {
+  bool ready;
+  if (!t) return;
+  (void)hm_cuda_transfer_ready(t, true, &ready);
+  (void)cudaEventDestroy(t->done);
+  (void)cudaGetLastError();
+  free(t);
+}
+
+int hm_cuda_transfer_start(hm_transfer *t, const hm_piece *piece, int n) {
+  hm_cuda_device *d = hm_cuda_use(t->device);
+  if (!d) return HM_ERR_DEVICE;
+  if (d->lost) return hm_cuda_wait(d, "copy to the device");
+  cudaError_t e = order(d->compute, d->copy, d->fork);
+  for (int i = 0; i < n && e == cudaSuccess; i++) {
+    if (piece[i].bytes == 0) continue;
+    hm_cuda_count_copy(piece[i].bytes);
+    e = cudaMemcpyAsync(piece[i].data, piece[i].host, piece[i].bytes, cudaMemcpyHostToDevice, d->copy);
+  }
+  const cudaError_t marked = cudaEventRecord(t->done, d->copy);
+  t->begun = marked == cudaSuccess;
+  if (e == cudaSuccess) e = marked;
+  const int status = hm_cuda_device_status(d, e, "copy to the device");
+  if (status) (void)order(d->copy, d->compute, d->join); /* the memory of what was begun may be given away now */
+  return status;
+}
+
+int hm_cuda_transfer_join(hm_transfer *t) {
+  hm_cuda_device *d = hm_cuda_use(t->device);
+  if (!d) return HM_ERR_DEVICE;
+  if (d->lost) return hm_cuda_wait(d, "copy to the device");
+  if (!t->begun) return HM_OK;
+  return hm_cuda_device_status(d, cudaStreamWaitEvent(d->compute, t->done, 0), "copy to the device");
+}
+
+int hm_cuda_transfer_ready(hm_transfer *t, bool wait, bool *ready) {
+  *ready = !t->begun;
+  if (*ready) return HM_OK;
+  hm_cuda_device *d = hm_cuda_use(t->device);
+  if (!d) return HM_ERR_DEVICE;
+  cudaError_t e = cudaEventQuery(t->done);
+  if (e == cudaErrorNotReady) {
+    (void)cudaGetLastError();
+    if (!wait) return HM_OK;
+    hm_cuda_count_wait();
+    e = cudaEventSynchronize(t->done);
+  }
+  if (e == cudaSuccess) t->begun = false;
+  *ready = e == cudaSuccess;
   return hm_cuda_device_status(d, e, "copy to the device");
 }
 

@@ -1,40 +1,46 @@
 /*
  * multi.cu -- the scaler's and the optimizers' passes over all parameters at once.
  *
- * Up to 48 parameters go into one launch by value; each block takes 16,384 elements of one of them, four neighbours a
- * thread at a time.  The updates are the CPU's to the bit where both compute in the same type (kernels/cpu/multi.c
- * has the formulas, which are PyTorch's).
+ * Up to 40 parameters go into one launch by value; each block takes 16,384 elements of one of them, four neighbours a
+ * thread at a time.  The updates' rules are the CPU's (kernels/rules.h), to the bit where both compute in the same type.
  *
  * Pass 1 leaves counts, the largest value and the sum of squares of each block in scratch memory; a second kernel
  * adds them by parameter in order. Squares are added in float32 by fours and in double from there on; a four with a
  * value that is not finite, or whose squares would leave float32's range, is done one value at a time in double.
  *
- * With a device-side scaler (kernels_cuda.h) the same kernels read the scale and the flag from device memory, and
- * skip themselves.
+ * Late passes (kernels.h: hm_late) are the same kernels: they read the scale, the flag and the norm from device
+ * memory, skip themselves, and count what they did.
  */
 #include "group.h"
 
 #include "backend.h"
+#include "rules.h"
 
-enum { ITEMS = 48, CHUNK = 16384, FOUR = 4 };
+enum { ITEMS = 40, STATES = 3, CHUNK = 16384, FOUR = 4 };
 
-/* A parameter, as kernels see it. */
+/* A parameter, as kernels see it.  Launches take 4 KiB of arguments at most. */
 struct entry {
-  void *grad, *param, *low, *state[2];
+  void *grad, *param, *low, *lost, *state[STATES];
+  int64_t *done; /* late updates: counts those of this parameter */
   int64_t numel;
-  uint32_t first; /* block of the launch that takes its first chunk */
+  uint64_t counter; /* of Philox; `chance` has a bit for each item that is rounded by it */
+  uint32_t first;   /* block of the launch that takes its first chunk */
   int8_t grad_dtype, param_dtype, low_dtype, state_dtype;
 };
 
-/* What all kernels get.  Where `scaler` is set, the factor and the flag come from the device. */
+/* What all kernels get.  With `late` the factors and the flag come from the device (kernels.h: hm_late). */
 struct batch {
   entry item[ITEMS];
   int32_t n;
   uint64_t runs; /* a bit for each item: its memory may be taken by fours */
+  uint64_t chance, seed;
   double inv_scale, grad_mul, max_norm;
-  const hm_cuda_scaler *scaler;
-  const hm_cuda_found *found;
+  bool late;
+  const hm_scale_cell *cell;
+  const hm_late_found *found, *norm;
 };
+
+static_assert(sizeof(batch) + sizeof(hm_rates) < 4000, "too much for a launch");
 
 /* The item that block b works on. */
 HM_DEV int item_of(const batch &t, uint32_t b) {
@@ -50,16 +56,23 @@ HM_DEV int item_of(const batch &t, uint32_t b) {
 HM_DEV bool runs(const batch &t, int i) { return t.runs >> i & 1u; }
 
 HM_DEV double inverse_scale(const batch &t) {
-  if (!t.scaler) return t.inv_scale;
-  return t.found && t.found->unscaled ? 1.0 : 1.0 / t.scaler->scale;
+  if (!t.late) return t.inv_scale;
+  return t.cell ? 1.0 / t.cell->scale : 1.0;
 }
 
-/* Clipping by the norm that pass 1 found, and the caller's own factor. */
-HM_DEV double gradient_factor(const batch &t) {
-  if (!t.found || !(t.max_norm > 0)) return t.grad_mul;
-  const double coef = t.max_norm / (sqrt(t.found->sum_sq) + 1e-6);
-  return coef < 1 ? t.grad_mul * coef : t.grad_mul;
+/* The norm of all gradients that a check saw. */
+HM_DEV double norm_of(const hm_multi_stat &s) {
+  return s.nan_count > 0 ? (double)NAN : s.inf_count > 0 ? (double)INFINITY : sqrt(s.sum_sq);
 }
+
+/* The caller's factor; late: clipping by the norm that a check found.  NaN stays NaN. */
+HM_DEV double gradient_factor(const batch &t) {
+  if (!t.norm) return t.grad_mul;
+  const double coef = t.max_norm / (norm_of(t.norm->total) + 1e-6);
+  return coef > 1 ? 1.0 : coef;
+}
+
+HM_DEV bool skips(const batch &t) { return t.late && t.found && t.found->found_inf != 0; }
 
 /* ====== Four elements ====== */
 
@@ -158,7 +171,25 @@ HM_DEV hm_multi_stat empty_stat(void) {
   return s;
 }
 
-template <class T> HM_DEV hm_multi_stat check_chunk(const batch &t, int i, bool write, double limit) {
+/* Where an unscaled value counts in a histogram (kernels.h: HM_HISTOGRAM); -1: it is not finite when written. */
+HM_DEV int bin_of(float u, double limit) {
+  const uint32_t bits = hm_f32_bits(u) & 0x7fffffffu;
+  if (!((double)hm_bits_f32(bits) < limit)) return -1;
+  const int exponent = (int)(bits >> 23);
+  return exponent > 0 ? exponent : bits ? (int)HM_HISTOGRAM_SUBNORMALS : (int)HM_HISTOGRAM_ZEROS;
+}
+
+HM_DEV int bin_of(double u, double) {
+  int exponent;
+  if (!(fabs(u) <= DBL_MAX)) return -1;
+  if (u == 0) return HM_HISTOGRAM_ZEROS;
+  (void)frexp(u, &exponent);
+  return exponent < -125 ? (int)HM_HISTOGRAM_SUBNORMALS : exponent > 128 ? 254 : exponent + 126;
+}
+
+/* bins: the block's counts, or NULL. */
+template <class T>
+HM_DEV hm_multi_stat check_chunk(const batch &t, int i, bool write, double limit, unsigned int *bins) {
   const entry &e = t.item[i];
   const T inv = (T)inverse_scale(t);
   const bool change = write && inv != (T)1;
@@ -169,19 +200,41 @@ template <class T> HM_DEV hm_multi_stat check_chunk(const batch &t, int i, bool 
 #pragma unroll
     for (int j = 0; j < FOUR; j++) u[j] = g[j] * inv;
     count_four(&s, g, u, inv, left, change ? limit : (double)INFINITY);
+    for (int j = 0; bins && j < left && j < FOUR; j++) {
+      const int bin = bin_of(u[j], change ? limit : (double)INFINITY);
+      if (bin >= 0) atomicAdd(&bins[bin], 1u);
+    }
     if (change) store_four(e.grad, e.grad_dtype, at, left, runs(t, i), u);
   });
   return join_stat(s);
 }
 
+HM_DEV void check_block(const batch &t, int i, bool write, const limits &most, hm_multi_stat *part,
+                        unsigned int *bins) {
+  const int dtype = t.item[i].grad_dtype;
+  const double limit = dtype == HM_F16 ? most.by_dtype[0] : dtype == HM_BF16 ? most.by_dtype[1] : most.by_dtype[2];
+  const hm_multi_stat s =
+      dtype == HM_F64 ? check_chunk<double>(t, i, write, limit, bins) : check_chunk<float>(t, i, write, limit, bins);
+  if (threadIdx.x == 0) part[blockIdx.x] = s;
+}
+
 /* Statistics of each block into part[block]; `write`: the gradient becomes the unscaled one. */
 static __global__ void __launch_bounds__(HM_BLOCK, 2)
     check_blocks(batch t, bool write, limits most, hm_multi_stat *part) {
-  const int i = item_of(t, blockIdx.x), dtype = t.item[i].grad_dtype;
-  const double limit = dtype == HM_F16 ? most.by_dtype[0] : dtype == HM_BF16 ? most.by_dtype[1] : most.by_dtype[2];
-  const hm_multi_stat s =
-      dtype == HM_F64 ? check_chunk<double>(t, i, write, limit) : check_chunk<float>(t, i, write, limit);
-  if (threadIdx.x == 0) part[blockIdx.x] = s;
+  check_block(t, item_of(t, blockIdx.x), write, most, part, NULL);
+}
+
+/* The same, and exponents added to histogram[item]: whole numbers, so the order does not matter. */
+static __global__ void __launch_bounds__(HM_BLOCK, 2)
+    count_blocks(batch t, bool write, limits most, hm_multi_stat *part, unsigned long long *histogram) {
+  HM_SHARED(unsigned int, bins, [HM_HISTOGRAM]);
+  for (int b = (int)threadIdx.x; b < HM_HISTOGRAM; b += HM_BLOCK) bins[b] = 0;
+  HM_BARRIER();
+  const int i = item_of(t, blockIdx.x);
+  check_block(t, i, write, most, part, bins);
+  HM_BARRIER();
+  for (int b = (int)threadIdx.x; b < HM_HISTOGRAM; b += HM_BLOCK)
+    if (bins[b]) atomicAdd(&histogram[(int64_t)i * HM_HISTOGRAM + b], (unsigned long long)bins[b]);
 }
 
 HM_DEV void add_stat(hm_multi_stat *total, const hm_multi_stat &s) {
@@ -202,170 +255,218 @@ static __global__ void __launch_bounds__(HM_BLOCK, 2)
   if (threadIdx.x == 0) stat[i] = s;
 }
 
-/* All items into the optimizer's record, by one block. */
+/* Squares of all items, added one by one as the host does it: the same bits with and without a wait.  In thread 0. */
+HM_DEV double sum_in_order(const hm_multi_stat *stat, int32_t n) {
+  HM_SHARED(double, part, [HM_BLOCK]);
+  double sum = 0;
+  for (int32_t from = 0; from < n; from += HM_BLOCK) {
+    const int32_t left = n - from < (int32_t)HM_BLOCK ? n - from : (int32_t)HM_BLOCK;
+    if ((int32_t)threadIdx.x < left) part[threadIdx.x] = stat[from + (int32_t)threadIdx.x].sum_sq;
+    HM_BARRIER();
+    if (threadIdx.x == 0)
+      for (int32_t j = 0; j < left; j++) sum += part[j];
+    HM_BARRIER();
+  }
+  return sum;
+}
+
+/* All items together, by one block: into the check's record, and into the round's. */
 static __global__ void __launch_bounds__(HM_BLOCK, 2)
-    check_all(const hm_multi_stat *stat, int32_t n, hm_cuda_scaler *scaler, hm_cuda_found *found, bool unscaled) {
+    check_all(const hm_multi_stat *stat, int32_t n, const hm_scale_cell *cell, hm_late_found *found,
+              hm_scale_event *event, bool begin, float *norm_out) {
   hm_multi_stat s = empty_stat();
   for (int32_t i = (int32_t)threadIdx.x; i < n; i += HM_BLOCK) add_stat(&s, stat[i]);
   s = join_stat(s);
+  s.sum_sq = sum_in_order(stat, n);
   if (threadIdx.x != 0) return;
-  const bool bad = s.inf_count + s.nan_count > 0;
-  found->found_inf = bad;
-  found->inf_count = s.inf_count;
-  found->nan_count = s.nan_count;
-  found->sum_sq = s.sum_sq;
-  found->amax = s.amax;
-  if (unscaled) found->unscaled = 1;
-  if (bad) scaler->found_inf = 1;
+  found->total = s;
+  found->scale = cell ? cell->scale : 1.0;
+  found->found_inf = s.inf_count + s.nan_count > 0;
+  if (norm_out) *norm_out = (float)norm_of(s);
+  if (!event) return;
+  hm_multi_stat all = empty_stat();
+  if (begin) event->scale = found->scale;
+  else all = event->total;
+  add_stat(&all, s);
+  event->total = all;
 }
 
-/* ====== SCALE ====== */
+/* ====== SCALE, CLAMP ====== */
 
-template <class T> HM_DEV void scale_chunk(const batch &t, int i) {
+template <class T> HM_DEV void scale_chunk(const batch &t, int i, bool clamps) {
   const entry &e = t.item[i];
-  const T mul = (T)t.grad_mul;
+  const double factor = gradient_factor(t);
+  const T mul = (T)factor;
+  if (factor == 1.0 && !clamps) return;
   each_four(e, [&](int64_t at, int left) {
     T g[FOUR];
     load_four(e.grad, e.grad_dtype, at, left, runs(t, i), g);
 #pragma unroll
-    for (int j = 0; j < FOUR; j++) g[j] = g[j] * mul;
+    for (int j = 0; j < FOUR; j++) g[j] = !clamps ? g[j] * mul : g[j] > mul ? mul : g[j] < -mul ? -mul : g[j];
     store_four(e.grad, e.grad_dtype, at, left, runs(t, i), g);
   });
 }
 
-static __global__ void __launch_bounds__(HM_BLOCK, 2) scale_blocks(batch t) {
+static __global__ void __launch_bounds__(HM_BLOCK, 2) scale_blocks(batch t, bool clamps) {
   const int i = item_of(t, blockIdx.x);
-  if (t.item[i].grad_dtype == HM_F64) scale_chunk<double>(t, i);
-  else scale_chunk<float>(t, i);
+  if (t.item[i].grad_dtype == HM_F64) scale_chunk<double>(t, i, clamps);
+  else scale_chunk<float>(t, i, clamps);
 }
 
 /* ====== Pass 2 ====== */
 
-/* Constants of one group, in double; kernels round them once.  For a device-side step the last four are made on
- * the device. */
-struct rates {
-  double weight_decay, momentum, keep, minus_lr;       /* SGD */
-  double shrink, weight, beta1, beta2, rest2, eps, lr; /* Adam */
-  double root2, step;                                  /* of the bias corrections */
-  int64_t attempt;                                     /* device-side step: number of step() calls; else 0 */
-  bool decay, nesterov, maximize, decoupled, near, first;
-};
+/* A rule of rules.h; `most`: states that it may have, `extra`: the first one that makes it the longer form. */
+#define DEFINE_RULE(name, which, most, extra)                                                                          \
+  struct name {                                                                                                        \
+    static constexpr hm_multi_op op = which;                                                                           \
+    static constexpr int states = most, longer = extra;                                                                \
+    HM_DEV float run(const hm_rates *r, bool more, float g, float p, float *s) {                                       \
+      return hm_##name##_f32(r, more, g, p, s);                                                                        \
+    }                                                                                                                  \
+    HM_DEV double run(const hm_rates *r, bool more, double g, double p, double *s) {                                   \
+      return hm_##name##_f64(r, more, g, p, s);                                                                        \
+    }                                                                                                                  \
+  };
+DEFINE_RULE(sgd, HM_MULTI_SGD, 1, 0)
+DEFINE_RULE(adam, HM_MULTI_ADAM, 3, 2)
+DEFINE_RULE(rmsprop, HM_MULTI_RMSPROP, 3, 1)
+DEFINE_RULE(adagrad, HM_MULTI_ADAGRAD, 1, 1)
+DEFINE_RULE(lion, HM_MULTI_LION, 1, 1)
 
-/* d = g + wd p */
-template <class T> HM_DEV T decayed(T g, T p, T wd, bool decay, bool maximize) {
-  const T d = maximize ? -g : g;
-  return decay ? d + wd * p : d;
-}
-
-template <class T> HM_DEV void sgd_four(const rates &r, bool first, bool has_buffer, const T *g, T *p, T *buf) {
-  const T lr = (T)r.minus_lr, wd = (T)r.weight_decay, momentum = (T)r.momentum, keep = (T)r.keep;
+/* Half parameters with more than their own bits: what rounding took is kept, or it goes by chance. */
+HM_DEV void add_lost(const entry &e, int64_t at, int left, bool run, float *p) {
+  float lost[FOUR];
+  load_four(e.lost, e.param_dtype, at, left, run, lost);
 #pragma unroll
-  for (int j = 0; j < FOUR; j++) {
-    const T d = decayed(g[j], p[j], wd, r.decay, r.maximize);
-    if (!has_buffer) {
-      p[j] = p[j] + lr * d;
-      continue;
-    }
-    const T b = first ? d : buf[j] * momentum + keep * d;
-    buf[j] = b;
-    p[j] = p[j] + lr * (r.nesterov ? d + momentum * b : b);
-  }
+  for (int j = 0; j < FOUR; j++) p[j] += lost[j];
 }
 
-template <class T> HM_DEV void adam_four(const rates &r, double root, double steps, const T *g, T *p, T *m, T *v) {
-  const T shrink = (T)r.shrink, wd = (T)r.weight_decay, weight = (T)r.weight, beta2 = (T)r.beta2, rest2 = (T)r.rest2,
-          eps = (T)r.eps;
-  const T root2 = (T)root, step = (T)steps;
-  const bool shrinks = r.decoupled && r.decay, adds = r.decay && !r.decoupled;
+HM_DEV void keep_lost(const entry &e, int64_t at, int left, bool run, const float *p) {
+  float lost[FOUR];
 #pragma unroll
-  for (int j = 0; j < FOUR; j++) {
-    const T w = shrinks ? p[j] * shrink : p[j];
-    const T d = decayed(g[j], w, wd, adds, r.maximize);
-    const T m1 = r.near ? m[j] + weight * (d - m[j]) : d - (d - m[j]) * ((T)1 - weight);
-    const T v1 = v[j] * beta2 + rest2 * d * d;
-    m[j] = m1;
-    v[j] = v1;
-    p[j] = w + step * m1 / ((sizeof(T) == 4 ? (T)sqrtf((float)v1) : (T)sqrt((double)v1)) / root2 + eps);
-  }
+  for (int j = 0; j < FOUR; j++)
+    lost[j] = hm_lost(p[j], e.param_dtype == HM_BF16 ? hm_dev_bf16_to_f32(hm_dev_f32_to_bf16(p[j]))
+                                                     : hm_dev_f16_to_f32(hm_dev_f32_to_f16(p[j])));
+  store_four(e.lost, e.param_dtype, at, left, run, lost);
 }
 
-/* What a device-side step makes for all threads of a block. */
-struct step_values {
-  double root2, step;
-  int first;
-};
-
-HM_DEV step_values step_of(const batch &t, const rates &r, bool adam) {
-  step_values s = {r.root2, r.step, r.first};
-  if (!t.found || r.attempt == 0) return s;
-  const double n = (double)(r.attempt - t.found->skipped);
-  s.first = n <= 1;
-  if (adam) {
-    s.root2 = sqrt(1 - pow(r.beta2, n));
-    s.step = -(r.lr / (1 - pow(r.beta1, n)));
-  }
-  return s;
+HM_DEV void round_four(const batch &t, const entry &e, int64_t at, float *p) {
+  uint32_t word[FOUR];
+  hm_philox(t.seed, e.counter + (uint64_t)at / FOUR, word);
+#pragma unroll
+  for (int j = 0; j < FOUR; j++) p[j] = hm_round_by_chance(p[j], e.param_dtype, word[j]);
 }
 
-template <class T, bool ADAM> HM_DEV void update_chunk(const batch &t, const rates &r, const step_values &now, int i) {
+template <class T, class R> HM_DEV void update_chunk(const batch &t, const hm_rates &r, int i) {
   const entry &e = t.item[i];
   const T inv = (T)inverse_scale(t), mul = (T)gradient_factor(t);
-  const bool scales = inv != (T)1, clips = mul != (T)1, run = runs(t, i);
-  const bool has_buffer = ADAM || e.state[0] != nullptr;
+  const bool scales = inv != (T)1, clips = mul != (T)1, run = runs(t, i), chance = t.chance >> i & 1u;
+  bool more = false;
+#pragma unroll
+  for (int k = R::longer; k < R::states; k++) more = more || e.state[k];
   each_four(e, [&](int64_t at, int left) {
-    T g[FOUR], p[FOUR], s0[FOUR], s1[FOUR];
+    T g[FOUR], p[FOUR], s[R::states][FOUR];
     load_four(e.grad, e.grad_dtype, at, left, run, g);
     load_four(e.param, e.param_dtype, at, left, run, p);
-    if (has_buffer && (ADAM || !now.first)) load_four(e.state[0], e.state_dtype, at, left, run, s0);
-    if (ADAM) load_four(e.state[1], e.state_dtype, at, left, run, s1);
+#pragma unroll
+    for (int k = 0; k < R::states; k++) {
+      if (e.state[k]) load_four(e.state[k], e.state_dtype, at, left, run, s[k]);
+      else s[k][0] = s[k][1] = s[k][2] = s[k][3] = 0;
+    }
+    if constexpr (sizeof(T) == 4)
+      if (e.lost) add_lost(e, at, left, run, p);
 #pragma unroll
     for (int j = 0; j < FOUR; j++) {
+      T mine[R::states];
       if (scales) g[j] = g[j] * inv;
       if (clips) g[j] = g[j] * mul;
+#pragma unroll
+      for (int k = 0; k < R::states; k++) mine[k] = s[k][j];
+      p[j] = R::run(&r, more, g[j], p[j], mine);
+#pragma unroll
+      for (int k = 0; k < R::states; k++) s[k][j] = mine[k];
     }
     if (scales || clips) store_four(e.grad, e.grad_dtype, at, left, run, g);
-    if constexpr (ADAM) adam_four(r, now.root2, now.step, g, p, s0, s1);
-    else sgd_four(r, now.first != 0, has_buffer, g, p, s0);
+    if constexpr (sizeof(T) == 4) {
+      if (chance) round_four(t, e, at, p);
+      if (e.lost) keep_lost(e, at, left, run, p);
+    }
     store_four(e.param, e.param_dtype, at, left, run, p);
-    if (has_buffer) store_four(e.state[0], e.state_dtype, at, left, run, s0);
-    if (ADAM) store_four(e.state[1], e.state_dtype, at, left, run, s1);
+#pragma unroll
+    for (int k = 0; k < R::states; k++)
+      if (e.state[k]) store_four(e.state[k], e.state_dtype, at, left, run, s[k]);
     if (e.low) store_four(e.low, e.low_dtype, at, left, run, p);
   });
 }
 
-template <bool ADAM> static __global__ void __launch_bounds__(HM_BLOCK, 2) update_blocks(batch t, rates r) {
+/* What a late update makes for all threads of a block. */
+struct step_values {
+  double root2, step, carry, keep;
+};
+
+template <class R> static __global__ void __launch_bounds__(HM_BLOCK, 2) update_blocks(batch t, hm_rates r) {
   HM_SHARED(step_values, now, );
-  if (t.found && t.found->found_inf) return; /* the same for all threads */
-  if (threadIdx.x == 0) now = step_of(t, r, ADAM);
-  HM_BARRIER();
+  if (skips(t)) return; /* the same for all threads */
   const int i = item_of(t, blockIdx.x);
-  if (t.item[i].param_dtype == HM_F64) update_chunk<double, ADAM>(t, r, now, i);
-  else update_chunk<float, ADAM>(t, r, now, i);
-}
-
-/* After all updates of a device-side step. */
-static __global__ void end_step(hm_cuda_found *found) {
-  if (found->found_inf) found->skipped++;
-  found->unscaled = 0;
-}
-
-static __global__ void update_scaler(hm_cuda_scaler *s, double growth, double backoff, int32_t interval, double low,
-                                     double high) {
-  double scale = s->scale;
-  s->updates++;
-  if (s->found_inf) {
-    scale = scale * backoff;
-    s->clean = 0;
-    s->overflows++;
-  } else if (++s->clean >= interval) {
-    const double grown = scale * growth;
-    if (grown <= (double)FLT_MAX) scale = grown;
-    s->clean = 0;
+  if (t.late) {
+    if (threadIdx.x == 0) {
+      hm_rates_late(&r, R::op, *t.item[i].done);
+      now.root2 = r.root2, now.step = r.step, now.carry = r.carry, now.keep = r.keep;
+    }
+    HM_BARRIER();
+    r.root2 = now.root2, r.step = now.step, r.carry = now.carry, r.keep = now.keep;
   }
-  if (low > 0 && scale < low) scale = low;
-  if (high > 0 && scale > high) scale = high;
-  s->scale = (double)(float)scale;
-  s->found_inf = 0;
+  if (t.item[i].param_dtype == HM_F64) update_chunk<double, R>(t, r, i);
+  else update_chunk<float, R>(t, r, i);
+}
+
+/* After all late updates of a call. */
+static __global__ void __launch_bounds__(HM_BLOCK, 2) count_done(batch t) {
+  if ((int)threadIdx.x < t.n && !skips(t)) ++*t.item[threadIdx.x].done;
+}
+
+/* ====== The scale ====== */
+
+/* PyTorch's rule, as amp/policies/dynamic.lua has it. */
+HM_DEV double ruled_scale(const hm_scale_step &s, hm_scale_cell *to, bool bad) {
+  if (bad) {
+    to->clean = 0;
+    return to->scale * s.backoff;
+  }
+  if (s.interval <= 0 || ++to->clean < s.interval) return to->scale;
+  to->clean = 0;
+  const double grown = to->scale * s.growth;
+  return grown <= (double)FLT_MAX ? grown : to->scale;
+}
+
+HM_DEV double held_scale(const hm_scale_step &s, double scale) {
+  return scale < s.min ? s.min : scale > s.max ? s.max : scale;
+}
+
+static __global__ void move_scale(hm_scale_step s) {
+  const hm_scale_cell from = *s.from;
+  hm_scale_cell to = from;
+  hm_scale_event *const e = s.event;
+  if (e && s.blank) {
+    e->total.inf_count = e->total.nan_count = 0;
+    e->total.sum_sq = e->total.amax = 0;
+    e->scale = from.scale;
+  }
+  const bool bad = e && e->total.inf_count + e->total.nan_count > 0;
+  if (bad) to.overflows++;
+  double wanted = from.scale;
+  if (s.set > 0) wanted = s.set;
+  else if (e && !s.blank) wanted = ruled_scale(s, &to, bad);
+  to.scale = held_scale(s, wanted);
+  if (s.heard >= 0)
+    for (int64_t k = s.heard; k < to.overflows; k++) to.scale = held_scale(s, to.scale * s.backoff);
+  *s.to = to;
+  *s.to32 = (float)to.scale;
+  if (!e) return;
+  e->old_scale = from.scale;
+  e->wanted = wanted;
+  e->new_scale = to.scale;
+  e->overflows = to.overflows;
 }
 
 /* ====== Scratch memory ====== */
@@ -417,29 +518,37 @@ static void put_item(batch *t, const hm_multi_item *m, uint32_t first, bool grad
   if (!gradient_only) {
     e->param = m->param, e->param_dtype = (int8_t)m->param_dtype;
     e->low = m->low, e->low_dtype = (int8_t)m->low_dtype;
-    e->state[0] = m->state[0], e->state[1] = m->state[1], e->state_dtype = (int8_t)m->state_dtype;
+    e->lost = m->lost, e->state_dtype = (int8_t)m->state_dtype;
     run = run && dense_run(m->param, m->param_dtype) && dense_run(m->low, m->low_dtype) &&
-          dense_run(m->state[0], m->state_dtype) && dense_run(m->state[1], m->state_dtype);
+          dense_run(m->lost, m->param_dtype);
+    for (int k = 0; k < STATES; k++) {
+      e->state[k] = m->state[k];
+      run = run && dense_run(m->state[k], m->state_dtype);
+    }
+    e->counter = m->counter;
+    if (m->by_chance) t->chance |= (uint64_t)1 << t->n;
   }
   if (run) t->runs |= (uint64_t)1 << t->n;
   t->n++;
 }
 
 /* Calls run(batch, blocks, index of its first item, group) for all items in order; `by_group`: a batch has items
- * of one group only. */
+ * of one group only; late: of an update, else NULL. */
 template <class F>
-static int each_batch(const hm_multi_call *call, batch *t, bool gradient_only, bool by_group, F run) {
+static int each_batch(const hm_multi_call *call, batch *t, const hm_late *late, bool gradient_only, bool by_group,
+                      F run) {
   for (int32_t i = 0; i < call->n;) {
     const int32_t from = i;
     int64_t blocks = 0;
     t->n = 0;
-    t->runs = 0;
+    t->runs = t->chance = 0;
     while (i < call->n && t->n < ITEMS && (!by_group || call->item[i].group == call->item[from].group)) {
       if (blocks + blocks_of(&call->item[i]) > INT32_MAX) {
         if (t->n > 0) break;
         return hm_cuda_fail(HM_ERR_UNSUPPORTED, "%s: a parameter is too large", NAME);
       }
       put_item(t, &call->item[i], (uint32_t)blocks, gradient_only);
+      if (late) t->item[t->n - 1].done = late->done + late->index[i];
       blocks += blocks_of(&call->item[i++]);
     }
     const int status = run((uint32_t)blocks, from, call->item[from].group);
@@ -454,13 +563,17 @@ static int64_t all_blocks(const hm_multi_call *call) {
   return blocks;
 }
 
-/* Pass 1 into stat[] on the device; `part` has room for all blocks. */
-static int queue_check(const hm_multi_call *call, batch *t, hm_multi_stat *part, hm_multi_stat *stat) {
+/* Pass 1 into stat[] on the device; `part` has room for all blocks; histogram: zeros, on the device, or NULL. */
+static int queue_check(const hm_multi_call *call, batch *t, hm_multi_stat *part, hm_multi_stat *stat,
+                       unsigned long long *histogram) {
   const bool write = call->op == HM_MULTI_UNSCALE;
   const limits most = {{65520.0, 0x1.ffp127, (double)INFINITY}};
-  return each_batch(call, t, true, false, [&](uint32_t blocks, int32_t from, int) {
+  return each_batch(call, t, NULL, true, false, [&](uint32_t blocks, int32_t from, int) {
     int status = HM_OK;
-    if (blocks > 0) status = HM_RUN(NAME, check_blocks, blocks, HM_BLOCK, 0, call->stream, *t, write, most, part);
+    if (blocks > 0 && histogram)
+      status = HM_RUN(NAME, count_blocks, blocks, HM_BLOCK, 0, call->stream, *t, write, most, part,
+                      histogram + (int64_t)from * HM_HISTOGRAM);
+    else if (blocks > 0) status = HM_RUN(NAME, check_blocks, blocks, HM_BLOCK, 0, call->stream, *t, write, most, part);
     if (status == HM_OK)
       status = HM_RUN(NAME, check_items, (unsigned)t->n, HM_BLOCK, 0, call->stream, *t, part, blocks, stat + from);
     part += blocks;
@@ -468,32 +581,30 @@ static int queue_check(const hm_multi_call *call, batch *t, hm_multi_stat *part,
   });
 }
 
-/* The constants of a group; attempt: 0, or which step() call this is by the host's count (the device then makes
- * the bias corrections). */
-static rates rates_of(const hm_multi_group *h, int64_t attempt) {
-  rates r;
-  memset(&r, 0, sizeof r);
-  r.weight_decay = h->weight_decay, r.momentum = h->momentum, r.keep = 1 - h->dampening, r.minus_lr = -h->lr;
-  r.shrink = 1 - h->lr * h->weight_decay, r.weight = 1 - h->beta1, r.beta1 = h->beta1, r.beta2 = h->beta2,
-  r.rest2 = 1 - h->beta2;
-  r.eps = h->eps, r.lr = h->lr;
-  r.decay = h->weight_decay != 0;
-  r.nesterov = h->nesterov, r.maximize = h->maximize, r.decoupled = h->decoupled, r.first = h->first;
-  r.near = 1 - h->beta1 < 0.5;
-  r.attempt = attempt;
-  if (attempt == 0) {
-    r.root2 = sqrt(h->bias_correction2);
-    r.step = -(h->lr / h->bias_correction1);
-  }
-  return r;
+template <class R> static int queue_rule(const hm_multi_call *call, batch *t, const hm_late *late) {
+  return each_batch(call, t, late, false, true, [&](uint32_t blocks, int32_t, int group) {
+    if (blocks == 0) return (int)HM_OK;
+    return HM_RUN(NAME, (update_blocks<R>), blocks, HM_BLOCK, 0, call->stream, *t, hm_rates_of(&call->group[group]));
+  });
 }
 
-static int queue_update(const hm_multi_call *call, batch *t, const int64_t *attempt) {
-  return each_batch(call, t, false, true, [&](uint32_t blocks, int32_t, int group) {
+static int queue_update(const hm_multi_call *call, batch *t, const hm_late *late) {
+  t->seed = call->seed;
+  switch (call->op) {
+  case HM_MULTI_SGD: return queue_rule<sgd>(call, t, late);
+  case HM_MULTI_ADAM: return queue_rule<adam>(call, t, late);
+  case HM_MULTI_RMSPROP: return queue_rule<rmsprop>(call, t, late);
+  case HM_MULTI_ADAGRAD: return queue_rule<adagrad>(call, t, late);
+  case HM_MULTI_LION: return queue_rule<lion>(call, t, late);
+  default: return hm_cuda_fail(HM_ERR_UNSUPPORTED, "the cuda backend has no multi-tensor op %d", (int)call->op);
+  }
+}
+
+/* SCALE, CLAMP */
+static int queue_scale(const hm_multi_call *call, batch *t) {
+  return each_batch(call, t, NULL, true, false, [&](uint32_t blocks, int32_t, int) {
     if (blocks == 0) return (int)HM_OK;
-    const rates r = rates_of(&call->group[group], attempt ? attempt[group] : 0);
-    if (call->op == HM_MULTI_ADAM) return HM_RUN(NAME, (update_blocks<true>), blocks, HM_BLOCK, 0, call->stream, *t, r);
-    return HM_RUN(NAME, (update_blocks<false>), blocks, HM_BLOCK, 0, call->stream, *t, r);
+    return HM_RUN(NAME, scale_blocks, blocks, HM_BLOCK, 0, call->stream, *t, call->op == HM_MULTI_CLAMP);
   });
 }
 
@@ -512,11 +623,15 @@ static int check_and_wait(const hm_multi_call *call) {
   scratch s;
   start_batch(&t, call);
   const size_t stats = (size_t)call->n * sizeof(hm_multi_stat);
-  int status = take_scratch(&s, stats + (size_t)all_blocks(call) * sizeof(hm_multi_stat), call->stream);
+  const size_t counts = call->histogram ? (size_t)call->n * HM_HISTOGRAM * sizeof *call->histogram : 0;
+  int status = take_scratch(&s, counts + stats + (size_t)all_blocks(call) * sizeof(hm_multi_stat), call->stream);
   if (status != HM_OK) return status;
-  hm_multi_stat *const stat = static_cast<hm_multi_stat *>(s.data);
-  status = queue_check(call, &t, stat + call->n, stat);
+  unsigned long long *const histogram = counts ? static_cast<unsigned long long *>(s.data) : NULL;
+  hm_multi_stat *const stat = reinterpret_cast<hm_multi_stat *>(static_cast<char *>(s.data) + counts);
+  if (histogram) status = hm_cuda_status(cudaMemsetAsync(histogram, 0, counts, (cudaStream_t)call->stream), NAME);
+  if (status == HM_OK) status = queue_check(call, &t, stat + call->n, stat, histogram);
   if (status == HM_OK) status = hm_cuda_mem_to_host(call->stat, stat, stats, call->stream);
+  if (status == HM_OK && histogram) status = hm_cuda_mem_to_host(call->histogram, histogram, counts, call->stream);
   return give_scratch(&s, call->stream, status);
 }
 
@@ -528,48 +643,51 @@ extern "C" int hm_cuda_multi_tensor(const hm_multi_call *call) {
   case HM_MULTI_UNSCALE: return check_and_wait(call);
   case HM_MULTI_SCALE:
     if (call->grad_mul == 1.0) return HM_OK;
-    return each_batch(call, &t, true, false, [&](uint32_t blocks, int32_t, int) {
-      return blocks ? HM_RUN(NAME, scale_blocks, blocks, HM_BLOCK, 0, call->stream, t) : (int)HM_OK;
-    });
-  case HM_MULTI_SGD:
-  case HM_MULTI_ADAM: return queue_update(call, &t, NULL);
-  default: return hm_cuda_fail(HM_ERR_UNSUPPORTED, "the cuda backend has no multi-tensor op %d", (int)call->op);
+    return queue_scale(call, &t);
+  case HM_MULTI_CLAMP: return queue_scale(call, &t);
+  default: return queue_update(call, &t, NULL);
   }
 }
 
-extern "C" int hm_cuda_check_async(const hm_multi_call *call, const hm_cuda_async *a) {
-  if (call->op != HM_MULTI_CHECK && call->op != HM_MULTI_UNSCALE)
-    return hm_cuda_fail(HM_ERR_ARG, "%s: the check is CHECK or UNSCALE, not op %d", NAME, (int)call->op);
-  batch t;
+/* CHECK and UNSCALE with the result on the device. */
+static int late_check(const hm_multi_call *call, const hm_late *late, batch *t) {
   scratch s;
-  start_batch(&t, call);
-  t.scaler = a->scaler;
-  t.found = a->found;
-  const size_t stats = a->stat ? 0 : (size_t)call->n;
-  int status = take_scratch(&s, (stats + (size_t)all_blocks(call) + 1) * sizeof(hm_multi_stat), call->stream);
+  const size_t parts = (size_t)all_blocks(call) + 1;
+  const int status = take_scratch(&s, parts * sizeof(hm_multi_stat), call->stream);
   if (status != HM_OK) return status;
-  hm_multi_stat *const room = static_cast<hm_multi_stat *>(s.data), *const stat = a->stat ? a->stat : room;
-  status = queue_check(call, &t, room + stats, stat);
-  if (status == HM_OK)
-    status = HM_RUN(NAME, check_all, 1, HM_BLOCK, 0, call->stream, stat, call->n, a->scaler, a->found,
-                    call->op == HM_MULTI_UNSCALE);
-  return give_scratch(&s, call->stream, status);
+  hm_multi_stat *const stat = reinterpret_cast<hm_multi_stat *>(late->found + 1);
+  int result = queue_check(call, t, static_cast<hm_multi_stat *>(s.data), stat, NULL);
+  if (result == HM_OK)
+    result = HM_RUN(NAME, check_all, 1, HM_BLOCK, 0, call->stream, stat, call->n, late->cell, late->found, late->event,
+                    late->begin, late->norm_out);
+  return give_scratch(&s, call->stream, result);
 }
 
-extern "C" int hm_cuda_update_async(const hm_multi_call *call, const hm_cuda_async *a) {
-  if (call->op != HM_MULTI_SGD && call->op != HM_MULTI_ADAM)
-    return hm_cuda_fail(HM_ERR_ARG, "%s: the update is SGD or ADAM, not op %d", NAME, (int)call->op);
+/* The updates, then their count. */
+static int late_update(const hm_multi_call *call, const hm_late *late, batch *t) {
+  const int status = queue_update(call, t, late);
+  if (status != HM_OK) return status;
+  return each_batch(call, t, late, true, false,
+                    [&](uint32_t, int32_t, int) { return HM_RUN(NAME, count_done, 1, HM_BLOCK, 0, call->stream, *t); });
+}
+
+extern "C" int hm_cuda_late_tensor(const hm_multi_call *call, const hm_late *late) {
   batch t;
-  start_batch(&t, call);
-  t.scaler = a->scaler;
-  t.found = a->found;
-  t.max_norm = a->max_norm;
-  const int status = queue_update(call, &t, a->attempt);
-  return status != HM_OK ? status : HM_RUN(NAME, end_step, 1, 1, 0, call->stream, a->found);
+  memset(&t, 0, sizeof t);
+  t.late = true;
+  t.grad_mul = 1;
+  t.cell = late->cell;
+  t.found = late->found;
+  t.norm = late->norm;
+  t.max_norm = late->max_norm;
+  switch (call->op) {
+  case HM_MULTI_CHECK:
+  case HM_MULTI_UNSCALE: return late_check(call, late, &t);
+  case HM_MULTI_SCALE: return queue_scale(call, &t);
+  default: return late_update(call, late, &t);
+  }
 }
 
-extern "C" int hm_cuda_scaler_update(hm_cuda_scaler *scaler, double growth_factor, double backoff_factor,
-                                     int32_t growth_interval, double min_scale, double max_scale, void *stream) {
-  return HM_RUN("scale update", update_scaler, 1, 1, 0, stream, scaler, growth_factor, backoff_factor, growth_interval,
-                min_scale, max_scale);
+extern "C" int hm_cuda_late_scale(const hm_scale_step *step, void *stream) {
+  return HM_RUN("the scale's step", move_scale, 1, 1, 0, stream, *step);
 }

@@ -122,6 +122,7 @@ template <class T> static int launch_op(int op, const norm_rows &r, void *stream
 
 extern "C" int hm_cuda_norm(const hm_kernel_call *call) {
   const bool backward = call->op == HM_OP_SOFTMAX_BACKWARD || call->op == HM_OP_LOG_SOFTMAX_BACKWARD;
+  if (!backward && call->op != HM_OP_SOFTMAX && call->op != HM_OP_LOG_SOFTMAX) return hm_cuda_normalize(call);
   const hm_view *view[3] = {&call->out[0], &call->in[0], backward ? &call->in[1] : &call->in[0]};
   const int dim = (int)call->attr[0].i;
   norm_rows r;

@@ -316,11 +316,12 @@ static int load_module(hm_cuda_device *d, nvrtcProgram program, hm_user_kernel *
   return status;
 }
 
-static int compile(hm_cuda_device *d, const char *source, hm_user_kernel *k) {
+static int compile(hm_cuda_device *d, const char *source, bool exact, hm_user_kernel *k) {
   char arch[64];
   snprintf(arch, sizeof arch, "--gpu-architecture=sm_%d%d", d->major, d->minor);
-  const char *options[4] = {arch, "-std=c++17", "-default-device", NULL};
+  const char *options[5] = {arch, "-std=c++17", "-default-device", NULL, NULL};
   int n = 3;
+  if (exact) options[n++] = "--fmad=false";
 #ifdef HM_CUDA_INCLUDE /* where cuda_fp16.h lies on the machine that built this */
   options[n++] = "--include-path=" HM_CUDA_INCLUDE;
 #endif
@@ -333,7 +334,7 @@ static int compile(hm_cuda_device *d, const char *source, hm_user_kernel *k) {
   return status;
 }
 
-int hm_cuda_user_compile(int device, const char *source, const char *name, hm_user_kernel **out) {
+int hm_cuda_user_compile(int device, const char *source, const char *name, bool exact, hm_user_kernel **out) {
   *out = NULL;
   hm_cuda_device *d = hm_cuda_use(device);
   if (!d) return HM_ERR_DEVICE;
@@ -345,11 +346,13 @@ int hm_cuda_user_compile(int device, const char *source, const char *name, hm_us
   snprintf(k->name, sizeof k->name, "%s", name);
   int status = open_driver();
   if (!status) status = read_declaration(k, source);
-  if (!status) status = compile(d, source, k);
+  if (!status) status = compile(d, source, exact, k);
   if (status) hm_cuda_user_free(k);
   else *out = k;
   return status;
 }
+
+const char *hm_cuda_user_name(const hm_user_kernel *k) { return k->name; }
 
 void hm_cuda_user_free(hm_user_kernel *k) {
   if (!k) return;

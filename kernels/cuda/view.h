@@ -11,7 +11,7 @@
 #ifndef HM_CUDA_VIEW_H
 #define HM_CUDA_VIEW_H
 
-#include "cpu/layout.h"
+#include "layout.h"
 #include "kernels_cuda.h"
 
 /* Threads of a block where nothing else is said, and most blocks of a grid: kernels stride over the rest. */

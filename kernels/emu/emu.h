@@ -9,6 +9,7 @@
  *   stream.cpp   streams, events, the order in which work runs
  *   runtime.cpp  the CUDA runtime's other calls, errors, counters
  *   blas.cpp     cuBLAS and cublasLt: checks and epilogues; gemm.cpp: the loops
+ *   cudnn.cpp    cuDNN's convolutions
  *   nvrtc.cpp    run-time compilation; driver.cpp: modules and their launch
  *
  * One lock (struct call) is held during every call from outside, so nothing here is run by two threads at once.

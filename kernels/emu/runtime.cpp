@@ -260,9 +260,21 @@ static void capability(int *major, int *minor) {
 
 static const int CLOCK_KHZ = 1000000;
 
+/* The CUDA version that the driver knows, as cudaDriverGetVersion gives it. */
+static int driver_version(void) {
+  const char *const text = getenv("HALFMOON_EMU_DRIVER");
+  int major = 0, minor = 0;
+  if (!text || !*text) return CUDART_VERSION;
+  sscanf(text, "%d.%d", &major, &minor);
+  return major * 1000 + minor * 10;
+}
+
+/* As with CUDA, a driver of an older major version serves nothing. */
 cudaError_t cudaGetDeviceCount(int *count) {
   ENTER("cudaGetDeviceCount");
   if (!count) return note(cudaErrorInvalidValue);
+  *count = 0;
+  if (driver_version() / 1000 < CUDART_VERSION / 1000) return note(cudaErrorInsufficientDriver);
   *count = 1;
   return cudaSuccess;
 }
@@ -362,7 +374,7 @@ cudaError_t cudaDeviceReset(void) {
 
 cudaError_t cudaDriverGetVersion(int *driverVersion) {
   ENTER("cudaDriverGetVersion");
-  *driverVersion = CUDART_VERSION;
+  *driverVersion = driver_version();
   return cudaSuccess;
 }
 

@@ -6,6 +6,8 @@
  *   parameter is collected with it.  (Lua must hold the parameter, as a module does, for the hook to live.)
  *   - A hook on any other tensor, and a custom backward, stand in the registry and go when core frees the graph's node.
  */
+#include <string.h>
+
 #include "bind.h"
 
 /* ====== backward and grad ====== */
@@ -263,22 +265,80 @@ static int on_custom(void *ud, int n_out, hm_tensor *const *grad, int n_in, hm_t
   return hb_protected_inside(hb_now.L, run_custom, &call);
 }
 
-/* core.record_custom(name, inputs, outputs, backward) */
+/* An array of n booleans at idx, pushed as C's; NULL (nothing pushed) where there is none. */
+static bool *read_flags(lua_State *L, int idx, int n) {
+  if (!lua_istable(L, idx)) return NULL;
+  bool *flags = lua_newuserdatauv(L, (size_t)n * sizeof *flags + 1, 0);
+  for (int i = 0; i < n; i++) {
+    lua_rawgeti(L, idx, i + 1);
+    flags[i] = lua_toboolean(L, -1);
+    lua_pop(L, 1);
+  }
+  return flags;
+}
+
+/* core.record_custom(name, inputs, outputs, backward[, saved[, plain]]): saved: tensors for core.custom_saved; plain[i]: output i carries no
+ * gradient */
 static int l_record_custom(lua_State *L) {
   hb_state *st = hb_enter(L);
+  lua_settop(L, 6);
   const char *name = hb_string(L, 1, "record_custom", "the name");
   int n_in, n_out;
   if (lua_type(L, 4) != LUA_TFUNCTION)
     return hb_error(L, "record_custom: backward must be a function, got %s", hb_came(L, 4));
   hm_tensor **in = hb_tensor_list(L, st, 2, "record_custom", "inputs", false, &n_in);
   hm_tensor **out = hb_tensor_list(L, st, 3, "record_custom", "outputs", false, &n_out);
+  hm_custom_options options = {.plain = read_flags(L, 6, n_out)};
+  if (!lua_isnil(L, 5)) options.save = hb_tensor_list(L, st, 5, "record_custom", "saved", false, &options.n_save);
   hb_callback *fn = hb_callback_new(L, st, 4);
-  hb_check(L, st, hm_record_custom(name, in, n_in, out, n_out, on_custom, fn, hb_callback_drop));
+  hb_check(L, st, hm_record_custom_with(name, in, n_in, out, n_out, &options, on_custom, fn, hb_callback_drop));
   return 0;
 }
 
+/* core.custom_saved() -> array of the tensors that the running function's node keeps */
+static int l_custom_saved(lua_State *L) {
+  hb_state *st = hb_enter(L);
+  int n;
+  hb_check(L, st, hm_custom_saved(&n, NULL));
+  hm_tensor ***slots = lua_newuserdatauv(L, (size_t)n * sizeof *slots + 1, 0);
+  hm_tensor **out = lua_newuserdatauv(L, (size_t)n * sizeof *out + 1, 0);
+  lua_createtable(L, n, 0);
+  for (int i = 0; i < n; i++) {
+    slots[i] = hb_shell(L, st);
+    lua_rawseti(L, -2, i + 1);
+  }
+  hb_check(L, st, hm_custom_saved(&n, out));
+  for (int i = 0; i < n; i++) *slots[i] = out[i];
+  return 1;
+}
+
+/* ====== Where ops were recorded ====== */
+
+/* Protected: copies the place into the char * that the argument points to. */
+static int copy_place(lua_State *L) {
+  char **text = lua_touserdata(L, 1);
+  hb_push_place(L, hb_now.state);
+  size_t n;
+  const char *place = lua_tolstring(L, -1, &n);
+  *text = hm_alloc(n + 1);
+  if (*text) memcpy(*text, place, n + 1);
+  return 0;
+}
+
+/* For hm_set_trace. */
+static char *trace_place(void) {
+  char *text = NULL;
+  hm_mode *const mode = hm_mode_current();
+  if (!hb_now.L || hb_protected(hb_now.L, copy_place, &text, 0, false) != HM_OK) text = NULL;
+  hm_mode_switch(mode);
+  return text;
+}
+
 void hb_open_autograd(lua_State *L, hb_state *st) {
-  static const luaL_Reg functions[] = {{"grad", l_grad}, {"record_custom", l_record_custom}, {NULL, NULL}};
+  static const luaL_Reg functions[] = {{"grad", l_grad},
+                                       {"record_custom", l_record_custom},
+                                       {"custom_saved", l_custom_saved},
+                                       {NULL, NULL}};
   static const luaL_Reg methods[] = {{"backward", l_backward},
                                      {"retain_grad", l_retain_grad},
                                      {"register_hook", l_register_hook},
@@ -291,4 +351,6 @@ void hb_open_autograd(lua_State *L, hb_state *st) {
   lua_pop(L, 1);
   hb_functions(L, functions);
   hb_methods(L, st, methods);
+  hb_open_recompute(L);
+  hm_set_trace(trace_place);
 }

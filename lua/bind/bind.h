@@ -88,6 +88,8 @@ static inline void hb_set_ref(lua_State *L, const hb_state *st, int which) {
 
 /* Raises "file:line: message", then the module path.  Format as lua_pushfstring. */
 int hb_error(lua_State *L, const char *format, ...) HB_COLD;
+/* Pushes "file:line" of the innermost Lua function outside the Lua library, and the module path on a line of its own. */
+void hb_push_place(lua_State *L, hb_state *st);
 /* The one door from a status to a Lua error: raises the thread's message, or the error value that a callback left.
  * Call it holding nothing. */
 int hb_raise(lua_State *L, int status) HB_COLD;
@@ -208,6 +210,8 @@ hm_mode *hb_push_mode(lua_State *L, hb_state *st);
  * the coroutine takes on the mode that core is in, so that scopes opened by the callback act on it, and has its own
  * back afterwards, whatever coroutines ran meanwhile. */
 int hb_protected_inside(lua_State *L, lua_CFunction fn, void *argument);
+/* With a region's userdata at 1, a function at 2 and its arguments behind: runs it as the region's forward; its results are what it returns. */
+int hb_inside_region(lua_State *L, hb_state *st, hm_region *r);
 
 /* ====== pressure.c ====== */
 void hb_pressure_install(void);
@@ -220,19 +224,27 @@ double hb_clock(void);
 /* ====== what each file adds to the module table, which is on top of the stack ====== */
 int hb_index(lua_State *L, hb_state *st);    /* index.c: t[key] for a number or table; key at 2, pushes the view */
 int hb_newindex(lua_State *L, hb_state *st); /* index.c: t[key] = value */
+int hb_default_device(void);                 /* factory.c: where factories make tensors when no device is given */
 void hb_table_to_tensor(lua_State *L, hb_state *st, int idx, int dtype, int device,
                         const char *who); /* factory.c: pushes a tensor */
 void hb_open_index(lua_State *L, hb_state *st);
 void hb_open_factory(lua_State *L, hb_state *st);
 void hb_open_ops(lua_State *L, hb_state *st);
 void hb_open_autograd(lua_State *L, hb_state *st);
+void hb_open_recompute(lua_State *L); /* by hb_open_autograd */
 void hb_open_modes(lua_State *L, hb_state *st);
 void hb_open_optim(lua_State *L, hb_state *st);
 void hb_open_scaler(lua_State *L, hb_state *st);
 void hb_open_sandbox(lua_State *L, hb_state *st);
 void hb_open_files(lua_State *L, hb_state *st);
+void hb_open_tables(lua_State *L); /* by hb_open_files */
 void hb_open_sys(lua_State *L, hb_state *st);
+void hb_open_fault(lua_State *L);     /* by hb_open_sys */
+void hb_open_telemetry(lua_State *L); /* by hb_open_sys */
+/* fault.c: Lua's own allocator is back in its place; nothing fails on purpose from here on. */
+void hb_fault_off(lua_State *L);
 void hb_open_cuda(lua_State *L, hb_state *st);
+void hb_open_expression(lua_State *L, hb_state *st);
 /* The optimizer at idx of a scaler's call. */
 hm_optim *hb_optim(lua_State *L, int idx, const char *who);
 /* Every live scaler forgets an optimizer that is about to go (called in its finalizer). */

@@ -55,6 +55,10 @@ static int l_properties(lua_State *L) {
   lua_setfield(L, -2, "driver");
   lua_pushfstring(L, "%d.%d", info->runtime / 1000, info->runtime % 1000 / 10);
   lua_setfield(L, -2, "runtime");
+  const int device = cuda_device(L, 1, "properties");
+  const hm_backend *backend = hm_device_backend(device);
+  lua_pushstring(L, backend && backend->convolution ? backend->convolution(device - 1) : "none");
+  lua_setfield(L, -2, "convolution");
   return 1;
 }
 
@@ -65,10 +69,10 @@ static int l_synchronize(lua_State *L) {
   return 0;
 }
 
-/* core.cuda_counters() -> {launches, synchronisations, copies, bytes} since the process began; zeros without a device */
+/* core.cuda_counters() -> {launches, synchronisations, copies, bytes, ...} as hm_device_counters has them; zeros without a device */
 static int l_counters(lua_State *L) {
   hb_enter(L);
-  hm_device_counters c = {0, 0, 0, 0};
+  hm_device_counters c = {0};
   const hm_backend *backend = hm_cuda_device_count() > 0 ? hm_device_backend(1) : NULL;
   if (backend && backend->counters) backend->counters(&c);
   lua_createtable(L, 0, 4);
@@ -76,6 +80,9 @@ static int l_counters(lua_State *L) {
   set_integer(L, "synchronisations", c.synchronisations);
   set_integer(L, "copies", c.copies);
   set_integer(L, "bytes", c.bytes);
+  set_integer(L, "cudnn_convolutions", c.cudnn_convolutions);
+  set_integer(L, "im2col_convolutions", c.im2col_convolutions);
+  set_integer(L, "cudnn_refusals", c.cudnn_refusals);
   return 1;
 }
 

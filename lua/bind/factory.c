@@ -2,7 +2,8 @@
  * factory.c -- tensors from nothing, from Lua tables, and from other tensors: tensor empty zeros ones full rand randn
  * randint arange linspace eye cat stack.
  *
- * Sizes come first (numbers or one table), options {dtype, device, requires_grad} last.
+ * Sizes come first (numbers or one table), options {dtype, device, requires_grad} last.  Without a device they are made
+ * on the default device, which belongs to the process.
  */
 #include <math.h>
 #include <string.h>
@@ -15,9 +16,30 @@ typedef struct options {
   bool requires_grad;
 } options;
 
+/* ====== The default device ====== */
+
+static int default_device = HM_CPU; /* only Lua's thread reads and writes it */
+
+int hb_default_device(void) { return default_device; }
+
+/* set_default_device(name) */
+static int l_set_default_device(lua_State *L) {
+  hb_enter(L);
+  default_device = hb_device(L, 1, "set_default_device");
+  return 0;
+}
+
+/* get_default_device() -> name */
+static int l_get_default_device(lua_State *L) {
+  lua_pushstring(L, hm_device_name(default_device));
+  return 1;
+}
+
+/* ====== Arguments ====== */
+
 /* Reads the options table if there is one at the top; returns the index of the last argument before it. */
 static int read_options(lua_State *L, const char *who, options *o) {
-  *o = (options){HM_NONE, HM_CPU, false};
+  *o = (options){HM_NONE, default_device, false};
   const int last = lua_gettop(L);
   if (last == 0 ||
       !(hb_is_options(L, last) || (last > 1 && lua_type(L, last) == LUA_TTABLE && lua_rawlen(L, last) == 0)))
@@ -39,11 +61,21 @@ static void read_shape(lua_State *L, int idx, int last, const char *who, hm_attr
     if (shape->v[k] < 0) hb_error(L, "%s: size %d of the shape is negative: %I", who, k + 1, (LUAI_UACINT)shape->v[k]);
 }
 
+/* ====== From sizes ====== */
+
+/* Raises unless a tensor was made; where there is no memory or the device is lost, the message begins with the
+ * factory's name. */
+static void check_made(lua_State *L, const hb_state *st, int status, const char *who) {
+  if (!st->failed && (status == HM_ERR_MEMORY || status == HM_ERR_DEVICE))
+    hb_error(L, "%s: %s", who, hm_error_message());
+  hb_check(L, st, status);
+}
+
 /* Pushes a new tensor; fill (an op that writes to its first operand) runs on it unless it is negative. */
-static int make(lua_State *L, hb_state *st, const options *o, int dtype, const hm_attr *shape, int fill,
-                const hm_arg *value, const hm_attr *attr) {
+static int make(lua_State *L, hb_state *st, const char *who, const options *o, int dtype, const hm_attr *shape,
+                int fill, const hm_arg *value, const hm_attr *attr) {
   hm_tensor **slot = hb_shell(L, st), *same = NULL;
-  hb_check(L, st, hm_empty(shape->n, shape->v, o->dtype == HM_NONE ? dtype : o->dtype, o->device, slot));
+  check_made(L, st, hm_empty(shape->n, shape->v, o->dtype == HM_NONE ? dtype : o->dtype, o->device, slot), who);
   if (fill >= 0) {
     hm_arg in[3] = {hm_t(*slot)};
     for (int i = 1; i < hm_op_get(fill)->n_in; i++) in[i] = value[i - 1];
@@ -61,7 +93,7 @@ static int from_shape(lua_State *L, const char *who, int fill, const hm_arg *val
   options o;
   hm_attr shape;
   read_shape(L, 1, read_options(L, who, &o), who, &shape);
-  return make(L, st, &o, HM_F32, &shape, fill, value, attr);
+  return make(L, st, who, &o, HM_F32, &shape, fill, value, attr);
 }
 
 static int l_empty(lua_State *L) { return from_shape(L, "empty", -1, NULL, NULL); }
@@ -92,7 +124,7 @@ static int l_full(lua_State *L) {
     return hb_error(L, "full: expected a shape and a value, got %d arguments\n  hint: full({2, 3}, 1.5)", last);
   read_shape(L, 1, 1, "full", &shape);
   const hm_arg value = read_number(L, 2, "full", "the value");
-  return make(L, st, &o, lua_type(L, 2) == LUA_TBOOLEAN ? HM_BOOL : HM_F32, &shape, HM_OP_FILL_, &value, NULL);
+  return make(L, st, "full", &o, lua_type(L, 2) == LUA_TBOOLEAN ? HM_BOOL : HM_F32, &shape, HM_OP_FILL_, &value, NULL);
 }
 
 /* randint(low, high, shape[, options]): high excluded */
@@ -105,7 +137,8 @@ static int l_randint(lua_State *L) {
   if (high <= low)
     return hb_error(L, "randint: high (%I, excluded) must be above low (%I)", (LUAI_UACINT)high, (LUAI_UACINT)low);
   read_shape(L, 3, last, "randint", &shape);
-  return make(L, st, &o, HM_I64, &shape, HM_OP_RANDOM_, NULL, (const hm_attr[]){{.i = low}, {.i = high}, {.n = 0}});
+  return make(L, st, "randint", &o, HM_I64, &shape, HM_OP_RANDOM_, NULL,
+              (const hm_attr[]){{.i = low}, {.i = high}, {.n = 0}});
 }
 
 /* How many numbers arange gives. */
@@ -138,7 +171,7 @@ static int l_arange(lua_State *L) {
   const hm_arg step = last > 2 ? read_number(L, 3, "arange", "step") : hm_i(1);
   const bool ints = start.kind == HM_ARG_INT && stop.kind == HM_ARG_INT && step.kind == HM_ARG_INT;
   const hm_attr shape = {.n = 1, .v = {arange_count(L, start, stop, step)}};
-  return make(L, st, &o, ints ? HM_I64 : HM_F32, &shape, HM_OP_ARANGE_, (const hm_arg[]){start, step}, NULL);
+  return make(L, st, "arange", &o, ints ? HM_I64 : HM_F32, &shape, HM_OP_ARANGE_, (const hm_arg[]){start, step}, NULL);
 }
 
 /* linspace(start, stop, n[, options]): both ends exact */
@@ -155,7 +188,8 @@ static int l_linspace(lua_State *L) {
   for (int64_t i = 0; i < n; i++)
     data[i] = i < (n + 1) / 2 ? start + step * (double)i : stop - step * (double)(n - 1 - i);
   hm_tensor **slot = hb_shell(L, st);
-  hb_check(L, st, hm_from_host(data, HM_F64, 1, &n, o.dtype == HM_NONE ? HM_F32 : o.dtype, o.device, slot));
+  check_made(L, st, hm_from_host(data, HM_F64, 1, &n, o.dtype == HM_NONE ? HM_F32 : o.dtype, o.device, slot),
+             "linspace");
   if (o.requires_grad) hb_check(L, st, hm_set_requires_grad(*slot, true));
   return 1;
 }
@@ -169,7 +203,7 @@ static int l_eye(lua_State *L) {
   const int64_t n = hb_integer(L, 1, "eye", "n"), m = last > 1 ? hb_integer(L, 2, "eye", "m") : n;
   if (n < 0 || m < 0) return hb_error(L, "eye: sizes must not be negative");
   const hm_attr shape = {.n = 2, .v = {n, m}};
-  return make(L, st, &o, HM_F32, &shape, HM_OP_EYE_, NULL, NULL);
+  return make(L, st, "eye", &o, HM_F32, &shape, HM_OP_EYE_, NULL, NULL);
 }
 
 /* ====== From nested tables ====== */
@@ -269,14 +303,15 @@ void hb_table_to_tensor(lua_State *L, hb_state *st, int idx, int dtype, int devi
   walk(L, &n, 0);
   lua_pop(L, 1);
   hm_tensor **slot = hb_shell(L, st);
-  hb_check(L, st, hm_from_host(start, n.stage_float ? HM_F64 : HM_I64, n.ndim, n.shape, dtype, device, slot));
+  check_made(L, st, hm_from_host(start, n.stage_float ? HM_F64 : HM_I64, n.ndim, n.shape, dtype, device, slot), who);
   lua_remove(L, -2);
 }
 
-/* tensor(values[, options]): nested tables, a number, a boolean, or a tensor to copy */
+/* tensor(values[, options]): nested tables, a number, a boolean, or a tensor to copy, which stays on its device unless
+ * one is given */
 static int l_tensor(lua_State *L) {
   hb_state *st = hb_enter(L);
-  options o = {HM_NONE, HM_CPU, false};
+  options o = {HM_NONE, default_device, false};
   bool device_given = false;
   const int top = lua_gettop(L);
   if (top == 0 || top > 2) return hb_error(L, "tensor: expected values and a table of options, got %d arguments", top);
@@ -322,9 +357,21 @@ static int l_stack(lua_State *L) { return join(L, "stack", true); }
 
 void hb_open_factory(lua_State *L, hb_state *st) {
   (void)st;
-  static const luaL_Reg functions[] = {
-      {"tensor", l_tensor}, {"empty", l_empty}, {"zeros", l_zeros},     {"ones", l_ones},     {"full", l_full},
-      {"rand", l_rand},     {"randn", l_randn}, {"randint", l_randint}, {"arange", l_arange}, {"linspace", l_linspace},
-      {"eye", l_eye},       {"cat", l_cat},     {"stack", l_stack},     {NULL, NULL}};
+  static const luaL_Reg functions[] = {{"tensor", l_tensor},
+                                       {"empty", l_empty},
+                                       {"zeros", l_zeros},
+                                       {"ones", l_ones},
+                                       {"full", l_full},
+                                       {"rand", l_rand},
+                                       {"randn", l_randn},
+                                       {"randint", l_randint},
+                                       {"arange", l_arange},
+                                       {"linspace", l_linspace},
+                                       {"eye", l_eye},
+                                       {"cat", l_cat},
+                                       {"stack", l_stack},
+                                       {"set_default_device", l_set_default_device},
+                                       {"get_default_device", l_get_default_device},
+                                       {NULL, NULL}};
   hb_functions(L, functions);
 }

@@ -1,15 +1,18 @@
 /*
- * files.c -- safetensors, IDX and the batch loader.
+ * files.c -- safetensors, npy, npz, IDX and the batch loader.
  *
- * "The world refused" (no such file, damaged data) gives nil, message, code from safetensors_save and safetensors_load;
+ * "The world refused" (no such file, damaged data) gives nil, message, code from the functions that save and load;
  * everything else, and core.idx, raises.  Open files and loaders are userdata, so that an error in the middle closes
  * them.
  */
 #include <errno.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include "bind.h"
 
 #define HB_FILE "halfmoon.Safetensors"
+#define HB_NPZ "halfmoon.Npz"
 #define HB_LOADER "halfmoon.Loader"
 
 static const char *errno_name(int e) {
@@ -33,6 +36,7 @@ static const char *errno_name(int e) {
                {EBUSY, "EBUSY"},
                {ENODEV, "ENODEV"},
                {ENXIO, "ENXIO"},
+               {EINTR, "EINTR"},
                {EINVAL, "EINVAL"}};
   for (size_t i = 0; i < sizeof known / sizeof *known; i++)
     if (known[i].value == e) return known[i].name;
@@ -50,8 +54,7 @@ int hb_refused(lua_State *L, int status, int saved_errno) {
 /* ====== safetensors ====== */
 
 /* Entries at idx: array of {name, tensor}.  Pushes the buffer; names and tensors are borrowed from the table. */
-static hm_named *read_entries(lua_State *L, hb_state *st, int idx, int *n) {
-  const char *who = "safetensors_save";
+static hm_named *read_entries(lua_State *L, hb_state *st, int idx, const char *who, int *n) {
   if (lua_type(L, idx) != LUA_TTABLE)
     hb_error(L, "%s: the entries must be an array of {name, tensor}, got %s", who, hb_came(L, idx));
   *n = (int)lua_rawlen(L, idx);
@@ -70,7 +73,11 @@ static hm_named *read_entries(lua_State *L, hb_state *st, int idx, int *n) {
   return list;
 }
 
-/* Metadata at idx: {string = string} or nothing.  Pushes the buffer. */
+static int compare_pairs(const void *a, const void *b) {
+  return strcmp(((const hm_pair *)a)->key, ((const hm_pair *)b)->key);
+}
+
+/* Metadata at idx: {string = string} or nothing, sorted: the same table gives the same file.  Pushes the buffer. */
 static hm_pair *read_metadata(lua_State *L, int idx, int *n) {
   *n = 0;
   if (lua_isnoneornil(L, idx)) return NULL;
@@ -85,6 +92,7 @@ static hm_pair *read_metadata(lua_State *L, int idx, int *n) {
                hb_came(L, -2), hb_came(L, -1));
     list[(*n)++] = (hm_pair){lua_tostring(L, -2), lua_tostring(L, -1)};
   }
+  if (*n > 1) qsort(list, (size_t)*n, sizeof *list, compare_pairs);
   return list;
 }
 
@@ -94,7 +102,7 @@ static int l_save(lua_State *L) {
   lua_settop(L, 3);
   const char *path = hb_string(L, 1, "safetensors_save", "the path");
   int n, n_meta;
-  hm_named *entries = read_entries(L, st, 2, &n);
+  hm_named *entries = read_entries(L, st, 2, "safetensors_save", &n);
   hm_pair *meta = read_metadata(L, 3, &n_meta);
   errno = 0;
   const int status = hm_safetensors_save(path, entries, n, meta, n_meta);
@@ -159,6 +167,80 @@ static int l_load(lua_State *L) {
   return 2;
 }
 
+/* ====== npy and npz ====== */
+
+/* core.npy_save(path, tensor) -> true | nil, message, code */
+static int l_npy_save(lua_State *L) {
+  hb_state *st = hb_enter(L);
+  const char *path = hb_string(L, 1, "npy_save", "the path");
+  hm_tensor *t = hb_tensor(L, st, 2, "npy_save", "the array");
+  errno = 0;
+  const int status = hm_npy_save(path, t);
+  if (status) return hb_refused(L, status, errno);
+  lua_pushboolean(L, true);
+  return 1;
+}
+
+/* core.npy_load(path) -> tensor | nil, message, code */
+static int l_npy_load(lua_State *L) {
+  hb_state *st = hb_enter(L);
+  const char *path = hb_string(L, 1, "npy_load", "the path");
+  hm_tensor **slot = hb_shell(L, st);
+  errno = 0;
+  const int status = hm_npy_read(path, slot);
+  return status ? hb_refused(L, status, errno) : 1;
+}
+
+/* core.npz_save(path, {{name, tensor}, ...}) -> true | nil, message, code */
+static int l_npz_save(lua_State *L) {
+  hb_state *st = hb_enter(L);
+  lua_settop(L, 2);
+  const char *path = hb_string(L, 1, "npz_save", "the path");
+  int n;
+  hm_named *entries = read_entries(L, st, 2, "npz_save", &n);
+  errno = 0;
+  const int status = hm_npz_save(path, entries, n);
+  if (status) return hb_refused(L, status, errno);
+  lua_pushboolean(L, true);
+  return 1;
+}
+
+static int l_npz_gc(lua_State *L) {
+  hm_npz **slot = lua_touserdata(L, 1);
+  hm_npz *z = *slot;
+  *slot = NULL;
+  hm_npz_close(z);
+  return 0;
+}
+
+/* core.npz_load(path) -> {{name, tensor}, ...} | nil, message, code */
+static int l_npz_load(lua_State *L) {
+  hb_state *st = hb_enter(L);
+  const char *path = hb_string(L, 1, "npz_load", "the path");
+  hm_npz **z = lua_newuserdatauv(L, sizeof *z, 0);
+  *z = NULL;
+  luaL_setmetatable(L, HB_NPZ);
+  errno = 0;
+  int status = hm_npz_open(path, z);
+  if (status) return hb_refused(L, status, errno);
+  const int n = hm_npz_count(*z);
+  lua_createtable(L, n, 0);
+  for (int i = 0; i < n && !status; i++) {
+    lua_createtable(L, 2, 0);
+    lua_pushstring(L, hm_npz_name(*z, i));
+    lua_rawseti(L, -2, 1);
+    hm_tensor **slot = hb_shell(L, st);
+    errno = 0;
+    status = hm_npz_read(*z, i, slot);
+    lua_rawseti(L, -2, 2);
+    lua_rawseti(L, -2, i + 1);
+  }
+  const int saved = errno;
+  hm_npz_close(*z);
+  *z = NULL;
+  return status ? hb_refused(L, status, saved) : 1;
+}
+
 /* core.idx(path) -> tensor */
 static int l_idx(lua_State *L) {
   hb_state *st = hb_enter(L);
@@ -182,7 +264,7 @@ static hb_loader *loader(lua_State *L, const char *who) {
   return u;
 }
 
-/* core.loader_new({tensors}, {batch_size, drop_last, shuffle, seed, prefetch, dtype, scale, shift}) */
+/* core.loader_new({tensors}, {batch_size, drop_last, shuffle, seed, prefetch, dtype, scale, shift, device}) */
 static int l_loader_new(lua_State *L) {
   hb_state *st = hb_enter(L);
   lua_settop(L, 2);
@@ -197,6 +279,7 @@ static int l_loader_new(lua_State *L) {
                                  {"dtype", HB_DTYPE, &o.convert_to},
                                  {"scale", HB_NUMBER, &o.scale},
                                  {"shift", HB_NUMBER, &o.shift},
+                                 {"device", HB_DEVICE, &o.device},
                                  {0}});
   if (prefetch < 0 || prefetch > 1024)
     return hb_error(L, "loader: prefetch must be from 0 to 1024, got %I", (LUAI_UACINT)prefetch);
@@ -227,11 +310,12 @@ static int l_loader_batches(lua_State *L) {
   return 1;
 }
 
-/* l:start(epoch) */
+/* l:start(epoch[, first]): first: batches of the epoch that are passed over */
 static int l_loader_start(lua_State *L) {
   hb_state *st = hb_enter(L);
   hb_loader *u = loader(L, "start");
-  hb_check(L, st, hm_loader_start(u->l, hb_integer(L, 2, "start", "the epoch")));
+  const int64_t first = lua_isnoneornil(L, 3) ? 0 : hb_integer(L, 3, "start", "the first batch");
+  hb_check(L, st, hm_loader_start(u->l, hb_integer(L, 2, "start", "the epoch"), first));
   return 0;
 }
 
@@ -257,6 +341,10 @@ void hb_open_files(lua_State *L, hb_state *st) {
   (void)st;
   static const luaL_Reg functions[] = {{"safetensors_save", l_save},
                                        {"safetensors_load", l_load},
+                                       {"npy_save", l_npy_save},
+                                       {"npy_load", l_npy_load},
+                                       {"npz_save", l_npz_save},
+                                       {"npz_load", l_npz_load},
                                        {"idx", l_idx},
                                        {"loader_new", l_loader_new},
                                        {NULL, NULL}};
@@ -269,6 +357,10 @@ void hb_open_files(lua_State *L, hb_state *st) {
   lua_pushcfunction(L, l_file_gc);
   lua_setfield(L, -2, "__gc");
   lua_pop(L, 1);
+  luaL_newmetatable(L, HB_NPZ);
+  lua_pushcfunction(L, l_npz_gc);
+  lua_setfield(L, -2, "__gc");
+  lua_pop(L, 1);
   luaL_newmetatable(L, HB_LOADER);
   lua_pushcfunction(L, l_loader_close);
   lua_setfield(L, -2, "__gc");
@@ -278,4 +370,5 @@ void hb_open_files(lua_State *L, hb_state *st) {
   lua_setfield(L, -2, "__index");
   lua_pop(L, 1);
   hb_functions(L, functions);
+  hb_open_tables(L);
 }

@@ -16,7 +16,10 @@
 
 #define HB_GUARD "halfmoon.Scope"
 
-typedef enum kind { KIND_GRAD, KIND_AUTOCAST, KIND_COUNT } kind;
+typedef enum kind { KIND_GRAD, KIND_AUTOCAST, KIND_ANOMALY, KIND_REGION, KIND_COUNT } kind;
+
+/* What a scope is called in messages. */
+static const char *const kind_name[] = {"no_grad or enable_grad", "autocast", "detect_anomaly", "checkpoint"};
 
 typedef struct guard guard;
 
@@ -32,6 +35,7 @@ struct guard {
   bool open;
   hm_mode former;        /* the fields of this kind are restored */
   guard *below, *above;  /* open guards of the same kind and coroutine; borrowed */
+  hm_region *region;     /* KIND_REGION: kept alive by user value 2 */
   char cls[HM_OP_COUNT]; /* classes of ops inside, where they are overridden */
 };
 
@@ -58,10 +62,10 @@ hm_mode *hb_push_mode(lua_State *L, hb_state *st) {
 
 /* Copies the fields of one kind. */
 static void restore(hm_mode *to, const hm_mode *from, kind k) {
-  if (k == KIND_GRAD) {
-    to->grad = from->grad;
-    return;
-  }
+  if (k == KIND_GRAD) to->grad = from->grad;
+  if (k == KIND_ANOMALY) to->anomaly = from->anomaly;
+  if (k == KIND_REGION) to->region = from->region;
+  if (k != KIND_AUTOCAST) return;
   to->autocast = from->autocast;
   to->cache = from->cache;
   to->low = from->low;
@@ -73,6 +77,7 @@ static void restore(hm_mode *to, const hm_mode *from, kind k) {
 static void close_guard(guard *g) {
   if (!g->open) return;
   g->open = false;
+  if (g->region) hm_region_close(g->region);
   hb_mode *m = g->owner;
   if (g->above) {
     g->above->below = g->below;
@@ -87,6 +92,7 @@ static void close_guard(guard *g) {
 /* Makes g the innermost open guard of its kind; the mode is still as it was. */
 static void open_guard(guard *g, hb_mode *m, kind k) {
   g->kind = k;
+  g->region = NULL;
   g->owner = m;
   g->former = m->mode;
   g->below = m->top[k];
@@ -99,7 +105,7 @@ static void open_guard(guard *g, hb_mode *m, kind k) {
 /* Pushes an open guard on the current coroutine; its mode is still as it was. */
 static guard *push_guard(lua_State *L, hb_state *st, kind k) {
   luaL_checkstack(L, 8, NULL);
-  guard *g = lua_newuserdatauv(L, sizeof *g, 1);
+  guard *g = lua_newuserdatauv(L, sizeof *g, k == KIND_REGION ? 2 : 1);
   memset(g, 0, sizeof *g);
   luaL_setmetatable(L, HB_GUARD);
   hb_mode *m = (hb_mode *)hb_push_mode(L, st);
@@ -148,7 +154,7 @@ static bool is_alive(lua_State *L, const hb_state *st, const hb_mode *m) {
 static int l_guard_gc(lua_State *L) {
   guard *g = lua_touserdata(L, 1);
   if (!g->open) return 0;
-  const char *name = g->kind == KIND_GRAD ? "no_grad or enable_grad" : "autocast";
+  const char *name = kind_name[g->kind];
   close_guard(g);
   if (is_alive(L, lua_touserdata(L, lua_upvalueindex(1)), g->owner)) {
     lua_warning(L, "halfmoon: a scope of ", 1);
@@ -160,7 +166,8 @@ static int l_guard_gc(lua_State *L) {
 
 static int l_guard_tostring(lua_State *L) {
   const guard *g = luaL_checkudata(L, 1, HB_GUARD);
-  lua_pushfstring(L, "%s scope (%s)", g->kind == KIND_GRAD ? "gradient" : "autocast", g->open ? "open" : "closed");
+  lua_pushfstring(L, "%s scope (%s)", g->kind == KIND_GRAD ? "gradient" : kind_name[g->kind],
+                  g->open ? "open" : "closed");
   return 1;
 }
 
@@ -203,6 +210,44 @@ static int grad_scope(lua_State *L, bool on) {
 /* no_grad([fn, ...]), enable_grad([fn, ...]) */
 static int l_no_grad(lua_State *L) { return grad_scope(L, false); }
 static int l_enable_grad(lua_State *L) { return grad_scope(L, true); }
+
+/* set_grad_enabled(on[, fn, ...]) */
+static int l_set_grad_enabled(lua_State *L) {
+  hb_state *st = hb_enter(L);
+  const bool on = hb_bool(L, 1, "set_grad_enabled", "argument 1", false);
+  luaL_checkany(L, 1);
+  check_function(L, 2, "set_grad_enabled");
+  guard *g = push_guard(L, st, KIND_GRAD);
+  g->owner->mode.grad = on;
+  return enter(L, 2);
+}
+
+/* detect_anomaly([{inf = bool}][, fn, ...]); {places = true}: ops only note where they are recorded, which a scope around it does, too */
+static int l_detect_anomaly(lua_State *L) {
+  hb_state *st = hb_enter(L);
+  bool inf = false, places = false;
+  int fn = 1;
+  if (lua_isnoneornil(L, 1) || (lua_type(L, 1) == LUA_TTABLE && luaL_getmetafield(L, 1, "__call") == LUA_TNIL)) {
+    hb_options(L, 1, "detect_anomaly", (const hb_option[]){{"inf", HB_BOOL, &inf}, {"places", HB_BOOL, &places}, {0}});
+    fn = 2;
+  } else if (lua_type(L, 1) == LUA_TTABLE) {
+    lua_pop(L, 1); /* the metafield */
+  }
+  check_function(L, fn, "detect_anomaly");
+  guard *g = push_guard(L, st, KIND_ANOMALY);
+  if (!places) g->owner->mode.anomaly = inf ? HM_ANOMALY_INF : HM_ANOMALY_NAN;
+  else if (!g->owner->mode.anomaly) g->owner->mode.anomaly = HM_ANOMALY_PLACES;
+  return enter(L, fn);
+}
+
+int hb_inside_region(lua_State *L, hb_state *st, hm_region *r) {
+  guard *g = push_guard(L, st, KIND_REGION);
+  g->region = r;
+  g->owner->mode.region = r;
+  lua_pushvalue(L, 1);
+  lua_setiuservalue(L, -2, 2);
+  return enter(L, 2);
+}
 
 /* ====== autocast ====== */
 
@@ -371,6 +416,8 @@ static int l_cast_stats(lua_State *L) {
 void hb_open_modes(lua_State *L, hb_state *st) {
   static const luaL_Reg functions[] = {{"no_grad", l_no_grad},
                                        {"enable_grad", l_enable_grad},
+                                       {"set_grad_enabled", l_set_grad_enabled},
+                                       {"detect_anomaly", l_detect_anomaly},
                                        {"autocast", l_autocast},
                                        {"is_grad_enabled", l_is_grad_enabled},
                                        {"autocast_state", l_autocast_state},

@@ -62,6 +62,16 @@ static void push_path(lua_State *L, hb_state *st) {
   lua_pushliteral(L, "");
 }
 
+void hb_push_place(lua_State *L, hb_state *st) {
+  push_where(L, st);
+  size_t n;
+  const char *where = lua_tolstring(L, -1, &n);
+  lua_pushlstring(L, n > 2 ? where : "?", n > 2 ? n - 2 : 1); /* without ": " */
+  lua_remove(L, -2);
+  push_path(L, st);
+  lua_concat(L, 2);
+}
+
 int hb_error(lua_State *L, const char *format, ...) {
   luaL_checkstack(L, 10, NULL);
   hb_state *st = hb_enter(L);
@@ -160,9 +170,11 @@ void hb_methods(lua_State *L, hb_state *st, const luaL_Reg *list) {
 /* Finalizer of the state: runs last of all. */
 static int l_state_gc(lua_State *L) {
   hb_state *st = lua_touserdata(L, 1);
+  hb_fault_off(L);
   if (hb_now.state == st) {
     hm_mode_switch(NULL);
     hm_set_op_log(NULL, NULL);
+    hm_set_op_watch(NULL, NULL);
     hb_now = (hb_running){NULL, NULL};
   }
   while (st->dead) {
@@ -249,6 +261,7 @@ int luaopen_halfmoon_core(lua_State *L) {
   hb_open_files(L, st);
   hb_open_sys(L, st);
   hb_open_cuda(L, st);
+  hb_open_expression(L, st);
   lua_pushvalue(L, -1);
   hb_set_ref(L, st, HB_REF_MODULE);
   return 1;

@@ -112,7 +112,8 @@ static int unknown_attr(reader *r, const char *name) {
 /* True if the row may take the option `dtype`: the dtype to compute and answer in. */
 static bool takes_dtype(const hm_op_info *info, const char *name) {
   return strcmp(name, "out_dtype") == 0 ||
-         (strcmp(name, "dtype") == 0 && (info->family == HM_FAMILY_REDUCE || info->family == HM_FAMILY_NORM));
+         (strcmp(name, "dtype") == 0 &&
+          (info->family == HM_FAMILY_REDUCE || info->family == HM_FAMILY_NORM || info->family == HM_FAMILY_SCAN));
 }
 
 /* Reads the options table at idx. */
@@ -195,11 +196,21 @@ static int run(lua_State *L, hb_state *st, int op, const hm_op_info *info, const
   return n;
 }
 
+/* gather(x, dim, index, ...): the dim, given second, moves behind the operands, where attributes are read. */
+static void move_dim(lua_State *L, const hm_op_info *info) {
+  if (lua_type(L, 2) != LUA_TNUMBER) return; /* it comes by name */
+  if (lua_gettop(L) <= info->n_in) lua_settop(L, info->n_in + 1);
+  lua_pushvalue(L, 2);
+  lua_remove(L, 2);
+  lua_insert(L, info->n_in + 1);
+}
+
 /* Any row: upvalue 1 is the op. */
 static int l_op(lua_State *L) {
   hb_state *st = hb_enter(L);
   const int op = (int)lua_tointeger(L, lua_upvalueindex(1));
   const hm_op_info *info = hm_op_get(op);
+  if (info->dim_first) move_dim(L, info);
   hm_arg in[HM_MAX_IN];
   hm_attr attr[HM_MAX_ATTR];
   for (int i = 0; i < info->n_in; i++) read_operand(L, st, info, i, i + 1, &in[i]);
@@ -451,6 +462,7 @@ static void push_row(lua_State *L, const hm_op_info *info) {
   set_bool(L, "differentiable", info->differentiable);
   set_bool(L, "partial", info->partial);
   set_bool(L, "generated", info->generated);
+  set_bool(L, "dim_first", info->dim_first);
   lua_pushnumber(L, info->ulp);
   lua_setfield(L, -2, "ulp");
   push_operands(L, info);

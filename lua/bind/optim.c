@@ -3,7 +3,6 @@
  *
  * Owner: the userdata owns the hm_optim, which retains the parameters.
  */
-#include <stddef.h>
 #include <string.h>
 
 #include "bind.h"
@@ -13,7 +12,7 @@ typedef struct hb_optimizer {
   hm_optim_kind kind;
 } hb_optimizer;
 
-static const char *const kinds[] = {"sgd", "adam", "adamw", NULL};
+enum { HB_OPTIM_FIELDS = 32 }; /* room for the options of a kind */
 
 static hb_optimizer *self(lua_State *L, const char *who) {
   hb_optimizer *u = luaL_testudata(L, 1, HB_OPTIM);
@@ -27,17 +26,24 @@ hm_optim *hb_optim(lua_State *L, int idx, const char *who) {
   return u->o;
 }
 
-/* core.optim_new("sgd" | "adam" | "adamw") */
+/* The kind whose name is at 1. */
+static hm_optim_kind kind_at(lua_State *L, const char *who) {
+  const char *name = hb_string(L, 1, who, "the kind"), *known[HM_OPTIM_KINDS + 1] = {NULL};
+  for (int kind = 0; kind < HM_OPTIM_KINDS; kind++) {
+    known[kind] = hm_optim_kind_name((hm_optim_kind)kind);
+    if (strcmp(name, known[kind]) == 0) return (hm_optim_kind)kind;
+  }
+  return (hm_optim_kind)hb_error(L, "%s: unknown kind \"%s\"%s", who, name, hb_push_suggestion(L, name, known));
+}
+
+/* core.optim_new("sgd" | "adam" | ...) */
 static int l_new(lua_State *L) {
   hb_state *st = hb_enter(L);
-  const char *name = hb_string(L, 1, "optim_new", "the kind");
-  int kind = 0;
-  while (kinds[kind] && strcmp(kinds[kind], name) != 0) kind++;
-  if (!kinds[kind]) return hb_error(L, "optim_new: unknown kind \"%s\"%s", name, hb_push_suggestion(L, name, kinds));
+  const hm_optim_kind kind = kind_at(L, "optim_new");
   hb_optimizer *u = lua_newuserdatauv(L, sizeof *u, 0);
-  *u = (hb_optimizer){NULL, (hm_optim_kind)kind};
+  *u = (hb_optimizer){NULL, kind};
   luaL_setmetatable(L, HB_OPTIM);
-  hb_check(L, st, hm_optim_new((hm_optim_kind)kind, &u->o));
+  hb_check(L, st, hm_optim_new(kind, &u->o));
   return 1;
 }
 
@@ -53,38 +59,68 @@ static int l_gc(lua_State *L) {
 
 /* ====== Groups and their options ====== */
 
-/* PyTorch's defaults. */
-static hm_optim_options defaults(hm_optim_kind kind) {
-  return (hm_optim_options){
-      .lr = 1e-3, .weight_decay = kind == HM_OPTIM_ADAMW ? 1e-2 : 0, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8};
+/* The options that a kind has: their number. */
+static int fields_of(hm_optim_kind kind, const hm_optim_field *list[HB_OPTIM_FIELDS]) {
+  int all, n = 0;
+  const hm_optim_field *f = hm_optim_fields(&all);
+  for (int i = 0; i < all; i++)
+    if (f[i].kinds >> kind & 1) list[n++] = &f[i];
+  return n;
 }
 
-static const struct {
-  const char *name;
-  bool flag; /* else a double */
-  size_t offset;
-} fields[] = {{"lr", false, offsetof(hm_optim_options, lr)},
-              {"weight_decay", false, offsetof(hm_optim_options, weight_decay)},
-              {"momentum", false, offsetof(hm_optim_options, momentum)},
-              {"dampening", false, offsetof(hm_optim_options, dampening)},
-              {"beta1", false, offsetof(hm_optim_options, beta1)},
-              {"beta2", false, offsetof(hm_optim_options, beta2)},
-              {"eps", false, offsetof(hm_optim_options, eps)},
-              {"nesterov", true, offsetof(hm_optim_options, nesterov)},
-              {"maximize", true, offsetof(hm_optim_options, maximize)}};
-enum { FIELDS = sizeof fields / sizeof *fields };
+static void push_field(lua_State *L, const hm_optim_options *o, const hm_optim_field *f) {
+  const char *at = (const char *)o + f->offset;
+  if (f->flag) lua_pushboolean(L, *(const bool *)at);
+  else lua_pushnumber(L, *(const double *)at);
+}
+
+/* core.optim_kind(name) -> {options = {lr = {default, low, high}, nesterov = {false}, ...}, states = {name, ...}} */
+static int l_kind(lua_State *L) {
+  hb_enter(L);
+  const hm_optim_kind kind = kind_at(L, "optim_kind");
+  const hm_optim_field *list[HB_OPTIM_FIELDS];
+  const int n = fields_of(kind, list);
+  hm_optim_options defaults;
+  hm_optim_defaults(kind, &defaults);
+  lua_createtable(L, 0, 2);
+  lua_createtable(L, 0, n);
+  for (int i = 0; i < n; i++) {
+    lua_createtable(L, 3, 0);
+    push_field(L, &defaults, list[i]);
+    lua_rawseti(L, -2, 1);
+    lua_pushnumber(L, list[i]->low);
+    lua_rawseti(L, -2, 2);
+    lua_pushnumber(L, list[i]->high);
+    lua_rawseti(L, -2, 3);
+    lua_setfield(L, -2, list[i]->name);
+  }
+  lua_setfield(L, -2, "options");
+  lua_newtable(L);
+  for (int slot = 0, count = 0; slot < HM_MAX_STATE; slot++) {
+    const char *name = hm_optim_state_name(kind, slot);
+    if (!name) continue;
+    lua_pushstring(L, name);
+    lua_rawseti(L, -2, ++count);
+  }
+  lua_setfield(L, -2, "states");
+  return 1;
+}
 
 /* o:add_group(params, {lr, weight_decay, ...}) -> group */
 static int l_add_group(lua_State *L) {
   hb_state *st = hb_enter(L);
   hb_optimizer *u = self(L, "add_group");
-  hm_optim_options o = defaults(u->kind);
-  hb_option list[FIELDS + 1] = {{0}};
-  for (int i = 0; i < FIELDS; i++)
-    list[i] = (hb_option){fields[i].name, fields[i].flag ? HB_BOOL : HB_NUMBER, (char *)&o + fields[i].offset};
-  hb_options(L, 3, kinds[u->kind], list);
+  const char *who = hm_optim_kind_name(u->kind);
+  const hm_optim_field *field[HB_OPTIM_FIELDS];
+  hb_option list[HB_OPTIM_FIELDS + 1] = {{0}};
+  const int fields = fields_of(u->kind, field);
+  hm_optim_options o;
+  hm_optim_defaults(u->kind, &o);
+  for (int i = 0; i < fields; i++)
+    list[i] = (hb_option){field[i]->name, field[i]->flag ? HB_BOOL : HB_NUMBER, (char *)&o + field[i]->offset};
+  hb_options(L, 3, who, list);
   int n, group = 0;
-  hm_tensor **params = hb_tensor_list(L, st, 2, kinds[u->kind], "the list of parameters", true, &n);
+  hm_tensor **params = hb_tensor_list(L, st, 2, who, "the list of parameters", true, &n);
   hb_check(L, st, hm_optim_add_group(u->o, params, n, &o, &group));
   lua_pushinteger(L, group + 1);
   return 1;
@@ -98,34 +134,36 @@ static hm_optim_options *group_at(lua_State *L, hb_optimizer *u, const char *who
   return hm_optim_group_options(u->o, (int)i - 1);
 }
 
-/* Index in fields of the name at 3. */
-static int field_at(lua_State *L, const char *who) {
-  const char *name = hb_string(L, 3, who, "the option's name");
-  const char *names[FIELDS + 1] = {NULL};
-  for (int i = 0; i < FIELDS; i++) {
-    if (strcmp(name, fields[i].name) == 0) return i;
-    names[i] = fields[i].name;
+/* The option of the kind whose name is at 3. */
+static const hm_optim_field *field_at(lua_State *L, const hb_optimizer *u, const char *who) {
+  const char *name = hb_string(L, 3, who, "the option's name"), *names[HB_OPTIM_FIELDS + 1] = {NULL};
+  const hm_optim_field *list[HB_OPTIM_FIELDS];
+  const int n = fields_of(u->kind, list);
+  for (int i = 0; i < n; i++) {
+    if (strcmp(name, list[i]->name) == 0) return list[i];
+    names[i] = list[i]->name;
   }
-  return hb_error(L, "%s: unknown option \"%s\"%s", who, name, hb_push_suggestion(L, name, names));
+  hb_error(L, "%s: unknown option \"%s\"%s", who, name, hb_push_suggestion(L, name, names));
+  return NULL;
 }
 
 /* o:get(group, name) */
 static int l_get(lua_State *L) {
   hb_enter(L);
-  const char *at = (const char *)group_at(L, self(L, "get"), "get");
-  const int i = field_at(L, "get");
-  if (fields[i].flag) lua_pushboolean(L, *(const bool *)(at + fields[i].offset));
-  else lua_pushnumber(L, *(const double *)(at + fields[i].offset));
+  hb_optimizer *u = self(L, "get");
+  const hm_optim_options *group = group_at(L, u, "get");
+  push_field(L, group, field_at(L, u, "get"));
   return 1;
 }
 
 /* o:set(group, name, value) */
 static int l_set(lua_State *L) {
   hb_enter(L);
-  char *at = (char *)group_at(L, self(L, "set"), "set");
-  const int i = field_at(L, "set");
-  if (fields[i].flag) *(bool *)(at + fields[i].offset) = hb_bool(L, 4, "set", fields[i].name, false);
-  else *(double *)(at + fields[i].offset) = hb_number(L, 4, "set", fields[i].name);
+  hb_optimizer *u = self(L, "set");
+  char *at = (char *)group_at(L, u, "set");
+  const hm_optim_field *f = field_at(L, u, "set");
+  if (f->flag) *(bool *)(at + f->offset) = hb_bool(L, 4, "set", f->name, false);
+  else *(double *)(at + f->offset) = hb_number(L, 4, "set", f->name);
   return 0;
 }
 
@@ -184,6 +222,7 @@ static int l_param_group(lua_State *L) {
 static int l_state(lua_State *L) {
   hb_state *st = hb_enter(L);
   hb_optimizer *u = self(L, "state");
+  hb_check(L, st, hm_optim_settle(u->o));
   hb_push(L, st, hm_optim_state(u->o, param_at(L, u, "state"), hb_string(L, 3, "state", "the name")));
   return 1;
 }
@@ -199,18 +238,20 @@ static int l_set_state(lua_State *L) {
 }
 
 static int l_param_step(lua_State *L) {
-  hb_enter(L);
+  hb_state *st = hb_enter(L);
   hb_optimizer *u = self(L, "param_step");
+  hb_check(L, st, hm_optim_settle(u->o));
   lua_pushinteger(L, hm_optim_param_step(u->o, param_at(L, u, "param_step")));
   return 1;
 }
 
 static int l_set_param_step(lua_State *L) {
-  hb_enter(L);
+  hb_state *st = hb_enter(L);
   hb_optimizer *u = self(L, "set_param_step");
   const int i = param_at(L, u, "set_param_step");
   const int64_t n = hb_integer(L, 3, "set_param_step", "the step");
   if (n < 0) return hb_error(L, "set_param_step: the step must not be negative, got %I", (LUAI_UACINT)n);
+  hb_check(L, st, hm_optim_settle(u->o));
   hm_optim_set_param_step(u->o, i, n);
   return 0;
 }
@@ -244,6 +285,29 @@ static int l_grad_scale(lua_State *L) {
   return 0;
 }
 
+/* core.grad_clamp(params, limit) */
+static int l_grad_clamp(lua_State *L) {
+  hb_state *st = hb_enter(L);
+  int n;
+  const double limit = hb_number(L, 2, "grad_clamp", "the limit");
+  hm_tensor **params = hb_tensor_list(L, st, 1, "grad_clamp", "the list of parameters", false, &n);
+  hb_check(L, st, hm_grad_clamp(params, n, limit));
+  return 0;
+}
+
+/* core.grad_clip(params, max_norm) -> norm as a tensor on the gradients' device; nil: not to be had without a wait */
+static int l_grad_clip(lua_State *L) {
+  hb_state *st = hb_enter(L);
+  int n;
+  const double max_norm = hb_number(L, 2, "grad_clip", "max_norm");
+  hm_tensor **params = hb_tensor_list(L, st, 1, "grad_clip", "the list of parameters", false, &n);
+  hm_tensor **slot = hb_shell(L, st);
+  hb_check(L, st, hm_grad_clip(params, n, max_norm, slot));
+  if (*slot) hb_settle_shared(L, st, -1, *slot);
+  else lua_pushnil(L);
+  return 1;
+}
+
 void hb_open_optim(lua_State *L, hb_state *st) {
   static const luaL_Reg methods[] = {{"add_group", l_add_group},
                                      {"group_count", l_group_count},
@@ -261,8 +325,11 @@ void hb_open_optim(lua_State *L, hb_state *st) {
                                      {"state_bytes", l_state_bytes},
                                      {NULL, NULL}};
   static const luaL_Reg functions[] = {{"optim_new", l_new},
+                                       {"optim_kind", l_kind},
                                        {"grad_norm", l_grad_norm},
                                        {"grad_scale", l_grad_scale},
+                                       {"grad_clamp", l_grad_clamp},
+                                       {"grad_clip", l_grad_clip},
                                        {NULL, NULL}};
   luaL_newmetatable(L, HB_OPTIM);
   lua_pushlightuserdata(L, st);

@@ -1,7 +1,7 @@
 /*
  * sandbox.c -- policy files in a Lua state of their own.
  *
- * What a file may cost: memory (an allocator that counts), VM instructions for each call, and a second of processor
+ * What a file may cost: memory (an allocator that counts), VM instructions for each call, and 0.2 seconds of processor
  * time for each call (an instruction on a long string is one instruction).  What it may reach: math, table,
  * string.format, and the base functions that load
  * nothing.  Strings have no methods there, and there is no pcall, so that nothing catches the limits.
@@ -21,8 +21,8 @@
 
 #define HB_SANDBOX "halfmoon.Sandbox"
 
-enum { MAX_DEPTH = 16, HOOK_EVERY = 100, DEFAULT_MEMORY = 8 << 20, DEFAULT_INSTRUCTIONS = 1000000, MAX_MOVE = 1000000 };
-#define MAX_SECONDS 1.0
+enum { MAX_DEPTH = 16, HOOK_EVERY = 20, DEFAULT_MEMORY = 8 << 20, DEFAULT_INSTRUCTIONS = 1000000, MAX_MOVE = 1000000 };
+#define MAX_SECONDS 0.2
 
 typedef struct sandbox {
   lua_State *S;
@@ -58,14 +58,25 @@ static void *allocate(void *ud, void *p, size_t old, size_t size) {
   return q;
 }
 
+/* Raises `message` at the line that runs; luaL_error would name its caller's. */
+static void stop_here(lua_State *S, const char *message) {
+  luaL_where(S, 0);
+  lua_pushstring(S, message);
+  lua_concat(S, 2);
+  lua_error(S);
+}
+
 static void on_count(lua_State *S, lua_Debug *ar) {
   (void)ar;
   void *ud;
   lua_getallocf(S, &ud);
   sandbox *b = ud;
   b->left -= HOOK_EVERY;
-  if (b->left <= 0) luaL_error(S, "the policy ran for more than %I instructions", (LUAI_UACINT)b->instructions);
-  if (cpu_clock() > b->deadline) luaL_error(S, "the policy ran for more than a second");
+  if (b->left <= 0) {
+    lua_pushfstring(S, "the policy ran for more than %I instructions", (LUAI_UACINT)b->instructions);
+    stop_here(S, lua_tostring(S, -1));
+  }
+  if (cpu_clock() > b->deadline) stop_here(S, "the policy ran for more than 0.2 seconds");
 }
 
 static void start_call(sandbox *b) {
@@ -272,16 +283,16 @@ static bool has_function(lua_State *S, const char *name) {
   return yes;
 }
 
-/* Protected in the sandbox: name, needs, has_init, has_update. */
+/* Protected in the sandbox: the plain fields, has_init, has_update. */
 static int run_fields(lua_State *S) {
   lua_settop(S, 0);
   lua_rawgetp(S, LUA_REGISTRYINDEX, &policy_key);
-  lua_createtable(S, 0, 4);
+  lua_createtable(S, 0, 7);
   lua_pushvalue(S, 1);
   const bool init = has_function(S, "init"), update = has_function(S, "update");
   lua_pop(S, 1);
-  static const char *const plain[] = {"name", "needs"};
-  for (int i = 0; i < 2; i++) {
+  static const char *const plain[] = {"name", "needs", "options", "min_scale", "max_scale"};
+  for (size_t i = 0; i < sizeof plain / sizeof plain[0]; i++) {
     lua_pushstring(S, plain[i]);
     lua_rawget(S, 1);
     lua_setfield(S, 2, plain[i]);
@@ -304,13 +315,13 @@ static bool take(lua_State *L, sandbox *b, int idx, const char *what) {
   return false;
 }
 
-/* sb:fields() -> {name, needs, has_init, has_update} | nil, message */
+/* sb:fields() -> {name, needs, options, min_scale, max_scale, has_init, has_update} | nil, message */
 static int l_fields(lua_State *L) {
   hb_enter(L);
   sandbox *b = self(L, "fields");
   request q = {0};
   if (!run(b, run_fields, &q, 1)) return failed(L, b);
-  if (!take(L, b, 1, "the policy's name or needs")) return 2;
+  if (!take(L, b, 1, "the policy's name, needs or options")) return 2;
   if (lua_getfield(L, -1, "needs") == LUA_TNIL) {
     lua_newtable(L);
     lua_setfield(L, -3, "needs");

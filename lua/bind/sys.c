@@ -23,9 +23,10 @@ static void set_bool(lua_State *L, const char *key, bool value) {
   lua_setfield(L, -2, key);
 }
 
+/* The device at idx; the default device when absent. */
 static int optional_device(lua_State *L, int idx, const char *who) {
   hb_enter(L);
-  return lua_isnoneornil(L, idx) ? HM_CPU : hb_device(L, idx, who);
+  return lua_isnoneornil(L, idx) ? hb_default_device() : hb_device(L, idx, who);
 }
 
 /* ====== Random numbers ====== */
@@ -73,6 +74,7 @@ static int l_memory_stats(lua_State *L) {
   set_integer(L, "system_allocs", s.system_allocs);
   set_integer(L, "layout_copies", s.layout_copies);
   set_integer(L, "shadow_bytes", s.shadow_bytes);
+  set_integer(L, "pinned", s.pinned);
   return 1;
 }
 
@@ -83,13 +85,6 @@ static int l_reset_peak(lua_State *L) {
 
 static int l_trim(lua_State *L) {
   hm_memory_trim(optional_device(L, 1, "trim"));
-  return 0;
-}
-
-/* core.alloc_fail_at(n): the n-th engine allocation from now fails; 0 switches off. */
-static int l_alloc_fail_at(lua_State *L) {
-  hb_enter(L);
-  hm_alloc_fail_at(hb_integer(L, 1, "alloc_fail_at", "n"));
   return 0;
 }
 
@@ -118,6 +113,18 @@ static int l_set_num_threads(lua_State *L) {
 
 static int l_get_num_threads(lua_State *L) {
   lua_pushinteger(L, hm_cpu_get_features()->threads);
+  return 1;
+}
+
+/* core.use_deterministic(on) */
+static int l_use_deterministic(lua_State *L) {
+  hb_enter(L);
+  hm_cpu_set_deterministic(hb_bool(L, 1, "use_deterministic", "on", true));
+  return 0;
+}
+
+static int l_is_deterministic(lua_State *L) {
+  lua_pushboolean(L, hm_cpu_is_deterministic());
   return 1;
 }
 
@@ -214,9 +221,10 @@ void hb_open_sys(lua_State *L, hb_state *st) {
                                        {"memory_stats", l_memory_stats},
                                        {"reset_peak", l_reset_peak},
                                        {"trim", l_trim},
-                                       {"alloc_fail_at", l_alloc_fail_at},
                                        {"collect_stats", l_collect_stats},
                                        {"set_num_threads", l_set_num_threads},
+                                       {"use_deterministic", l_use_deterministic},
+                                       {"is_deterministic", l_is_deterministic},
                                        {"get_num_threads", l_get_num_threads},
                                        {"features", l_features},
                                        {"devices", l_devices},
@@ -232,4 +240,6 @@ void hb_open_sys(lua_State *L, hb_state *st) {
   lua_setfield(L, -2, "version");
   lua_pushliteral(L, LUA_RELEASE);
   lua_setfield(L, -2, "lua_release");
+  hb_open_fault(L);
+  hb_open_telemetry(L);
 }

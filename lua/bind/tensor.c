@@ -176,9 +176,11 @@ enum {
   FIELD_REQUIRES_GRAD,
   FIELD_IS_LEAF,
   FIELD_NDIM,
+  FIELD_GRAD_FN,
   FIELD_COUNT
 };
-static const char *const field_names[] = {"shape", "dtype", "device", "grad", "requires_grad", "is_leaf", "ndim", NULL};
+static const char *const field_names[] = {"shape",   "dtype", "device",  "grad", "requires_grad",
+                                          "is_leaf", "ndim",  "grad_fn", NULL};
 
 static int push_field(lua_State *L, hb_state *st, int field) {
   hm_tensor *t = hb_tensor(L, st, 1, field_names[field], "self");
@@ -190,6 +192,7 @@ static int push_field(lua_State *L, hb_state *st, int field) {
   case FIELD_REQUIRES_GRAD: lua_pushboolean(L, t->requires_grad); break;
   case FIELD_IS_LEAF: lua_pushboolean(L, hm_tensor_is_leaf(t)); break;
   case FIELD_NDIM: lua_pushinteger(L, t->ndim); break;
+  case FIELD_GRAD_FN: lua_pushstring(L, hm_grad_fn(t)); break; /* nil for NULL */
   default: lua_pushnil(L);
   }
   return 1;

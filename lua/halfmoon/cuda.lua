@@ -36,7 +36,8 @@ function cuda.get_device_capability(device)
 end
 
 --- hm.cuda.properties([device]) -> {name, major, minor, total_memory, multi_processor_count, max_threads_per_block,
---- shared_memory_per_block, driver, runtime}
+--- shared_memory_per_block, driver, runtime, convolution}; convolution tells what does them: "cudnn 9.19.0", or
+--- "im2col + cublas" and why
 ---@param device string?
 ---@return table
 function cuda.properties(device) return core.cuda_properties(device) end
@@ -46,7 +47,7 @@ function cuda.properties(device) return core.cuda_properties(device) end
 function cuda.synchronize(device) core.synchronize(device) end
 
 --- hm.cuda.memory_stats([device]) -> {live, peak, cached, reserved, allocs, system_allocs, layout_copies,
---- shadow_bytes}, in bytes
+--- shadow_bytes, pinned}, in bytes; pinned: host memory that loaders hold to copy from
 ---@param device string?
 ---@return table
 function cuda.memory_stats(device) return core.memory_stats(device or "cuda") end
@@ -61,8 +62,10 @@ function cuda.trim(device) core.trim(device or "cuda") end
 
 local base = {}
 
---- hm.cuda.stats() -> {launches, synchronisations, copies, bytes} since the last reset_stats(), all GPUs together
----@return {launches: integer, synchronisations: integer, copies: integer, bytes: integer}
+--- hm.cuda.stats() -> {launches, synchronisations, copies, bytes, cudnn_convolutions, im2col_convolutions,
+--- cudnn_refusals} since the last reset_stats(), all GPUs together.  A refusal is a convolution that cuDNN was asked
+--- for and that went through im2col; windows of one pixel are plain matrix products and counted in neither.
+---@return table<string, integer>
 function cuda.stats()
   local now = core.cuda_counters()
   for name, value in pairs(now) do now[name] = value - (base[name] or 0) end

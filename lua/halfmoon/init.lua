@@ -16,25 +16,36 @@ local hm = {}
 -- Parts of the C module that belong to the library's own files and stay out of `hm`.
 local private = {}
 for name in ([[
-  ops call op_log grad record_custom get_name set_name set_path_provider
-  optim_new grad_norm grad_scale scaler_new sandbox autocast autocast_state cast_stats
-  safetensors_save safetensors_load idx loader_new
-  now isatty mtime term_width exists
+  ops call op_log grad record_custom custom_saved region_new region_run detect_anomaly get_name set_name set_path_provider
+  optim_new optim_kind grad_norm grad_scale grad_clip grad_clamp scaler_new sandbox autocast autocast_state cast_stats
+  safetensors_save safetensors_load npy_save npy_load npz_save npz_load idx loader_new
+  csv_open bytes cifar random_states set_random_states
+  now isatty mtime term_width exists census op_watch
   cuda_count cuda_properties cuda_counters cuda_compile cuda_launch synchronize
+  expression_steps expression_new expression_call expression_version
   features devices lua_release memory_stats reset_peak trim collect_stats alloc_fail_at
+  lua_alloc_fail_at host_blocks
 ]]):gmatch("%S+") do
   private[name] = true
 end
 for name, value in pairs(core) do
   if not private[name] then hm[name] = value end
 end
+for name, value in pairs(require "halfmoon.tensor") do hm[name] = value end -- also gives tensors more methods
 
 --- The version, as text.
 hm.version = core.version
---- hm.save(path, obj): a state dict, a module, or nested tables, as a safetensors file -> true | nil, message, code
+--- hm.save(path, obj): a state dict, a module, or a whole training state, as a safetensors file; a tensor as .npy, a
+--- table of tensors as .npz -> true | nil, message, code
 hm.save = checkpoint.save
---- hm.load(path [, {device =}]) -> what was saved, metadata | nil, message, code
+--- hm.load(path [, {device =, into =}]) -> what was saved, metadata | nil, message, code
 hm.load = checkpoint.load
+
+--- hm.checkpoint([options,] fn, ...) -> what fn returns: keeps nothing for backward, which runs fn again
+hm.checkpoint = require "halfmoon.recompute"
+
+--- hm.elementwise(formula [, {inputs, params, grad, cast, name}]) -> a function of tensors, made of a formula
+hm.elementwise = require "halfmoon.elementwise"
 
 local submodules = {nn = true, optim = true, amp = true, data = true, autograd = true, cpu = true, cuda = true}
 

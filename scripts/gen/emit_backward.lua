@@ -15,13 +15,15 @@ end
 
 local function fail(op, message) error(("kernels/ops.def: %s: gradient: %s"):format(op.signature, message), 0) end
 
---- Names of saved inputs and outputs: everything an expression uses as a value (not only inside shape(), size(),
--- reduced_count()).
+-- What stands for a size, not for a tensor's values.
+local SIZES = {shape = true, size = true, spatial = true, reduced_count = true, spread_scale = true}
+
+--- Names of saved inputs and outputs: everything an expression uses as a value (not only inside shape(), size(), ...).
 local function saved_names(e, set)
   if e[1] == "id" then set[e[2]] = true
   elseif e[1] == "bin" then saved_names(e[3], set) saved_names(e[4], set)
   elseif e[1] == "neg" then saved_names(e[2], set)
-  elseif e[1] == "call" and e[2] ~= "shape" and e[2] ~= "size" and e[2] ~= "reduced_count" then
+  elseif e[1] == "call" and not SIZES[e[2]] then
     for _, a in ipairs(e[3]) do saved_names(a, set) end
   end
   return set
@@ -53,6 +55,9 @@ function Emitter:attribute(e, want)
   if e[1] == "call" and e[2] == "shape" then
     self:line("hm_attr %s = {.n = 0};", name)
     self:line("hm__edge_shape(n, %d, &%s);", find(op.inputs, e[3][1][2]) - 1, name)
+  elseif e[1] == "call" and e[2] == "spatial" then
+    self:line("hm_attr %s = {.n = 2};", name)
+    for d = 0, 1 do self:line("%s.v[%d] = hm__edge_size(n, %d, %d);", name, d, find(op.inputs, e[3][1][2]) - 1, d + 2) end
   elseif e[1] == "call" and e[2] == "inverse" then
     self:line("hm_attr %s = {.n = 0};", name)
     self:line("hm__inverse_dims(&n->attr[%d], &%s);", find(op.attrs, e[3][1][2]) - 1, name)
@@ -69,7 +74,7 @@ end
 function Emitter:call(name, args, target, dtype)
   local callee = self.ops.by_name[name]
   if not callee then fail(self.op, "no op " .. name) end
-  if #callee.outputs > 1 then fail(self.op, name .. " has several outputs") end
+  if #callee.outputs > 1 and not self.group then fail(self.op, name .. " has several outputs") end
   local ins, ats = {}, {}
   for i, input in ipairs(callee.inputs) do
     if args[i] then ins[i] = self:value(args[i])
@@ -98,6 +103,10 @@ function Emitter:value(e, target, dtype)
   if e[1] == "bin" then return self:call(INFIX[e[2]], {e[3], e[4]}, target, dtype) end
   if e[1] == "neg" then return self:call("neg", {e[2]}, target, dtype) end
   if e[1] == "call" then
+    if e[2] == "spread_scale" then
+      local i, k, c = find(op.inputs, e[3][1][2]), find(op.attrs, e[3][2][2]), find(op.attrs, e[3][3][2])
+      return ("hm_f(2 / (hm__reduced_count(n, %d, &n->attr[%d]) - n->attr[%d].f))"):format(i - 1, k - 1, c - 1)
+    end
     if e[2] == "reduced_count" then
       local i, k = find(op.inputs, e[3][1][2]), find(op.attrs, e[3][2][2])
       return ("hm_f(hm__reduced_count(n, %d, &n->attr[%d]))"):format(i - 1, k - 1)
@@ -121,6 +130,25 @@ function Emitter:value(e, target, dtype)
   return var
 end
 
+-- One call whose outputs are the gradients of several inputs.
+local function emit_group(em, e, list)
+  local op, wants = em.op, {}
+  if e[1] ~= "call" or #(em.ops.by_name[e[2]] or {outputs = {}}).outputs ~= #list then
+    fail(op, "a gradient by several inputs must be one call with as many outputs")
+  end
+  for k, i in ipairs(list) do wants[k] = ("hm__wants(n, %d)"):format(i - 1) end
+  table.insert(em.code, ("  if (%s) { /* by %s */\n"):format(table.concat(wants, " || "), em.ops.by_name[e[2]].name))
+  em.loaded, em.group = {}, true
+  em:line("hm_tensor *o[%d] = {NULL};", #list)
+  em:call(e[2], e[3], "o[0]", ("%s ? hm__edge_dtype(n, %d) : HM_NONE"):format(wants[1], list[1] - 1))
+  em.group = false
+  for k, i in ipairs(list) do
+    em:line("if (%s) grad_in[%d] = o[%d];", wants[k], i - 1, k - 1)
+    em:line("else hm_tensor_release(o[%d]);", k - 1)
+  end
+  table.insert(em.code, "  }\n")
+end
+
 local function emit(ops, op)
   local order = {}
   for i in pairs(op.grad) do order[#order + 1] = i end
@@ -128,6 +156,11 @@ local function emit(ops, op)
   local em = setmetatable({ops = ops, op = op, code = {}, temps = 0, count = 0}, Emitter)
   for _, i in ipairs(order) do
     local e = op.grad[i]
+    local list = op.groups[e]
+    if list then
+      if list[1] == i then emit_group(em, e, list) end
+      goto continue
+    end
     table.insert(em.code, ("  if (hm__wants(n, %d)) { /* by %s */\n"):format(i - 1, op.inputs[i].name))
     em.loaded = {}
     local slot = ("grad_in[%d]"):format(i - 1)
@@ -137,6 +170,7 @@ local function emit(ops, op)
       em:value(e, slot, ("hm__edge_dtype(n, %d)"):format(i - 1))
     end
     table.insert(em.code, "  }\n")
+    ::continue::
   end
   local t = {("/* %s */\nint hm__backward_%s(hm_node *n, hm_tensor *const *grad, hm_tensor **grad_in) {\n"):format(op.signature, op.name)}
   t[#t + 1] = "  int status = HM_OK;\n"

@@ -1,9 +1,8 @@
 -- emit_cuda.lua -- tiles.cuh: every elementwise formula as a functor for the device (kernels/cuda/elementwise.cu).
 --
--- A functor has the number of inputs and constants, how many elements a thread should take at once, value(inputs,
--- constants) for float, double
--- and, where the row has one, int64_t, and constants(attributes, ...), which runs on the host.  HM_TILES(X) lists them
--- all.
+-- A functor has the number of inputs and constants, how many elements a thread should take at once, value(inputs, constants)
+-- for float, double and, where the row has one, int64_t, and constants(attributes, ...), which runs on the host.  They come in
+-- parts, which compile side by side: HM_TILES_1(X) lists those of the first, HM_TILES_PARTS(X) the parts.
 
 local expr = require "expr"
 local formula = require "formula"
@@ -27,8 +26,8 @@ end
 
 local function functor(op)
   local width = cost(op.f) > HEAVY and 4 or 8
-  local t = {("struct hm_tile_%s {\n  enum { inputs = %d, attrs = %d, width = %d, ints = %d };\n"):format(
-    op.name, #op.inputs, #op.attrs, width, formula.has(op, "i64") and 1 or 0)}
+  local t = {("struct hm_tile_%s {\n  enum { inputs = %d, attrs = %d, width = %d, ints = %d, runs = %d };\n"):format(
+    op.name, #op.inputs, #op.attrs, width, formula.has(op, "i64") and 1 or 0, op.second and 0 or 1)}
   for _, domain in ipairs(formula.DOMAINS) do
     local suffix, type = domain[1], domain[2]
     if formula.has(op, suffix) then
@@ -48,14 +47,27 @@ local function functor(op)
   return table.concat(t)
 end
 
+-- One for each kernels/cuda/elementwise_N.cu.
+local PARTS = 6
+
 return function(ops)
-  local t, list = {}, {}
+  local parts, n = {}, 0
+  for k = 1, PARTS do parts[k] = {code = {}, list = {}} end
   for _, op in ipairs(ops) do
     if op.family == "elementwise" then
-      t[#t + 1] = functor(op)
-      list[#list + 1] = ("  X(%s, HM_OP_%s)"):format(op.name, op.name:upper())
+      local part = parts[n % PARTS + 1]
+      n = n + 1
+      table.insert(part.code, functor(op))
+      table.insert(part.list, ("  X(%s, HM_OP_%s)"):format(op.name, op.name:upper()))
     end
   end
-  t[#t + 1] = "/* X(name, op id): all of them. */\n#define HM_TILES(X) \\\n" .. table.concat(list, " \\\n") .. "\n"
+  local t = {}
+  for k, part in ipairs(parts) do
+    t[#t + 1] = ("#if HM_TILES_PART == %d\n%s#endif\n\n"):format(k, table.concat(part.code))
+    t[#t + 1] = ("/* X(name, op id) */\n#define HM_TILES_%d(X) \\\n%s\n\n"):format(k, table.concat(part.list, " \\\n"))
+  end
+  t[#t + 1] = "/* X(part) */\n#define HM_TILES_PARTS(X)"
+  for k = 1, PARTS do t[#t + 1] = (" X(%d)"):format(k) end
+  t[#t + 1] = "\n"
   return {["tiles.cuh"] = table.concat(t)}
 end

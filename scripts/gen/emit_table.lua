@@ -37,6 +37,7 @@ local function row(op)
   local f = {
     (".name = %s, .signature = %s,\n    .doc = %s, .meta = %s"):format(quote(op.name), quote(op.signature), quote(op.doc), quote(op.meta)),
     (".family = HM_FAMILY_%s, .n_in = %d, .n_out = %d, .n_attr = %d"):format(op.family:upper(), #op.inputs, #op.outputs, #op.attrs),
+    (".dim_first = %s"):format(bool(op.dim_first)),
     (".ints = HM_INTS_%s, .lua = HM_LUA_%s, .differentiable = %s, .partial = %s, .generated = %s"):format(op.ints:upper(), op.lua:upper(),
       bool(next(op.grad)), bool(op.partial), bool(op.generated)),
     (".ulp = %g, .domain = %s"):format(op.ulp, quote(op.domain or "real")),

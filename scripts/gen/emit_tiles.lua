@@ -1,4 +1,7 @@
--- emit_tiles.lua -- tiles.h: every elementwise formula as a loop over contiguous elements, in float, double and int64_t.
+-- emit_tiles.lua -- every elementwise formula as a loop over contiguous elements.
+--
+--   tiles_hot.h    float loops of the rows that training runs; elementwise.c compiles them once per instruction set
+--   tiles_cold.h   all the rest: double and int64_t loops, and the float loops of second derivatives; tiles.c compiles them once
 
 local formula = require "formula"
 
@@ -9,6 +12,7 @@ local function tile(op, suffix, type)
     t[#t + 1] = ("  const %s *const p%d = a[%d];\n"):format(type, i, i - 1)
     loads[#loads + 1] = ("    const %s %s = p%d[k];\n"):format(type, op.inputs[i].name, i)
   end
+  if #loads == 0 then t[#t + 1] = "  (void)a;\n" end
   local attrs = formula.used(op, suffix, op.attrs)
   for _, i in ipairs(attrs) do
     t[#t + 1] = ("  const %s %s = %s;\n"):format(type, op.attrs[i].name, formula.attribute(op.attrs[i], i, suffix, type))
@@ -20,21 +24,26 @@ local function tile(op, suffix, type)
 end
 
 return function(ops)
-  local t, rows = {}, {}
+  local hot, cold, hot_rows, cold_rows = {}, {}, {}, {}
   for _, op in ipairs(ops) do
     if op.family == "elementwise" then
       local cells = {}
       for i, domain in ipairs(formula.DOMAINS) do
-        if formula.has(op, domain[1]) then
-          t[#t + 1] = tile(op, domain[1], domain[2])
-          cells[i] = ("tile_%s_%s"):format(domain[1], op.name)
-        else
-          cells[i] = "NULL"
+        local suffix = domain[1]
+        local is_hot = suffix == "f32" and not op.second
+        cells[i] = "NULL"
+        if is_hot then
+          hot[#hot + 1] = tile(op, suffix, domain[2])
+          hot_rows[#hot_rows + 1] = ("  [HM_OP_%s] = tile_f32_%s,\n"):format(op.name:upper(), op.name)
+        elseif formula.has(op, suffix) then
+          cold[#cold + 1] = tile(op, suffix, domain[2])
+          cells[i] = ("tile_%s_%s"):format(suffix, op.name)
         end
       end
-      rows[#rows + 1] = ("  [HM_OP_%s] = {%s},\n"):format(op.name:upper(), table.concat(cells, ", "))
+      cold_rows[#cold_rows + 1] = ("  [HM_OP_%s] = {%s},\n"):format(op.name:upper(), table.concat(cells, ", "))
     end
   end
-  t[#t + 1] = "static const hm_tile hm_tiles[HM_OP_COUNT] = {\n" .. table.concat(rows) .. "};\n"
-  return {["tiles.h"] = table.concat(t)}
+  hot[#hot + 1] = "static const hm_tile_f32 hm_hot_tiles[HM_OP_COUNT] = {\n" .. table.concat(hot_rows) .. "};\n"
+  cold[#cold + 1] = "const hm_tile hm_cold_tiles[HM_OP_COUNT] = {\n" .. table.concat(cold_rows) .. "};\n"
+  return {["tiles_hot.h"] = table.concat(hot), ["tiles_cold.h"] = table.concat(cold)}
 end

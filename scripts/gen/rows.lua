@@ -3,6 +3,7 @@
 -- A row afterwards: name, signature, doc, family, infer, ints, lua, meta, ulp, domain, partial, generated,
 --   inputs  {{name, cls, optional, mutated}}      outputs {{name, cls, same}}      attrs {{name, type, optional, default, choices}}
 --   f, fi   formula trees (elementwise)           grad    {[input index] = op expression tree}
+--   groups  {[tree] = input indices}: one call that gives several gradients       dim_first  the first attribute follows the first input
 
 local expr = require "expr"
 
@@ -26,6 +27,7 @@ local function parse_argument(row, text)
   local word, rest = text:match("^(%S+)%s+(.+)$")
   if not word then fail(row, "cannot read argument '" .. text .. "'") end
   if CLASSES[word] then
+    if #row.attrs > 0 then row.dim_first = true end
     local name, marks = rest:match("^([%a_][%w_]*)([?!]*)$")
     if not name then fail(row, "cannot read input '" .. text .. "'") end
     local optional, mutated = marks:find("?", 1, true) ~= nil, marks:find("!", 1, true) ~= nil
@@ -67,6 +69,10 @@ local function parse_signature(row)
   row.name, row.inputs, row.attrs, row.outputs = name, {}, {}, {}
   for _, text in ipairs(split(args)) do parse_argument(row, text) end
   for i, text in ipairs(split(outs)) do parse_output(row, text, i) end
+  local first = row.attrs[1]
+  if row.dim_first and not (first.type == "dim" and #row.inputs >= 2) then
+    fail(row, "only a dim may stand between inputs, behind the first")
+  end
 end
 
 --- The name of the gradient of output k in the row's own expressions.
@@ -92,7 +98,7 @@ local function elementwise_row(name, inputs, attrs, formula, doc, ulp, domain)
   end
   local row = {
     signature = ("%s(%s) -> T"):format(name, table.concat(texts, ", ")), family = "elementwise", infer = "elementwise",
-    ints = "no", lua = "no", ulp = ulp, doc = doc, generated = true, f = formula, grad = {}, domain = domain,
+    ints = "no", lua = "no", ulp = ulp, doc = doc, generated = true, f = formula, grad = {}, groups = {}, domain = domain,
   }
   parse_signature(row)
   return row
@@ -118,17 +124,24 @@ end
 local function second_rows(row, add)
   local names = {}
   for i, input in ipairs(row.inputs) do names[i] = input.name end
+  local flat = true -- by every input
   for i, v in ipairs(names) do
     local d = expr.diff(row.f, v)
+    flat = flat and d and expr.is_zero(d)
     if d and not expr.is_zero(d) then
       local formula = expr.mul({"id", "gg"}, d)
       local inputs, attrs = used_inputs(formula, "gg", names, row.attrs)
       local name = row.name .. "_by_" .. v
-      add(elementwise_row(name, inputs, attrs, formula, ("Second derivative: %s by %s."):format(row.name, v), row.ulp * 4, row.domain))
+      local doc = ("Second derivative: %s by %s."):format(row.name, v)
+      local second = elementwise_row(name, inputs, attrs, formula, doc, row.ulp * 4, row.domain)
+      second.second = true
+      add(second)
       inputs[1] = "grad"
       row.grad[i] = call_text(name, inputs, attrs)
     end
   end
+  -- A gradient that is constant has a derivative, nothing; one that cannot be differentiated has none.
+  if flat then for i in ipairs(names) do row.grad[i] = {"id", "none"} end end
 end
 
 local function derivative_rows(row, add)
@@ -179,17 +192,22 @@ function M.load(path)
       raw = raw, signature = raw[1], family = raw.family or family, infer = raw.infer or raw.family or family,
       ints = raw.ints or (family == "view" and "keep" or "float"), lua = raw.lua or "both", meta = raw.meta,
       ulp = raw.ulp or 0, domain = raw.domain or "real", doc = raw.doc, partial = raw.partial, d = raw.d,
-      grad = {}, generated = false,
+      grad = {}, groups = {}, generated = false,
     }
     parse_signature(row)
     row.f = raw.f and expr.parse(raw.f)
     row.fi = raw.fi and expr.parse(raw.fi) or row.f
     check(row)
     add(row)
-    for name, text in pairs(raw.grad or {}) do
-      local i = input_index(row, name)
-      if not i then fail(row, "derivative by unknown input '" .. name .. "'") end
-      row.grad[i] = expr.parse(text)
+    for names, text in pairs(raw.grad or {}) do
+      local tree, indices = expr.parse(text), {}
+      for _, name in ipairs(split(names)) do
+        local i = input_index(row, name)
+        if not i then fail(row, "derivative by unknown input '" .. name .. "'") end
+        indices[#indices + 1] = i
+        row.grad[i] = tree
+      end
+      if #indices > 1 then row.groups[tree] = indices end
     end
     for name in pairs(raw.d or {}) do
       if not input_index(row, name) then fail(row, "derivative by unknown input '" .. name .. "'") end

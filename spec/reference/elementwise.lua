@@ -118,4 +118,106 @@ M.logical_not = function(x) return x == 0 end
 M.logical_and = function(x, y) return x ~= 0 and y ~= 0 end
 M.logical_or = function(x, y) return x ~= 0 or y ~= 0 end
 
+M.logical_xor = function(x, y) return (x ~= 0) ~= (y ~= 0) end
+
+-- log(1 + x) and e^x - 1 without loss: what a sum rounded away is put back; a series.
+local function log1p(x)
+  if isnan(x) or x == inf then return x end
+  if x < -1 then return nan end
+  local s = 1 + x
+  return (s == 1 and x) or (s == 0 and -inf) or math.log(s) + (x - (s - 1)) / s
+end
+
+local function expm1(x)
+  if isnan(x) or math.abs(x) > 0.4 then return math.exp(x) - 1 end
+  local sum, term = 0.0, 1
+  for n = 1, 20 do
+    term = term * x / n
+    sum = sum + term
+  end
+  return x == 0 and x or sum
+end
+
+-- Sums of odd powers need no subtraction of near numbers.
+local function sinh(x)
+  if math.abs(x) >= 0.4 or isnan(x) then return (math.exp(x) - math.exp(-x)) / 2 end
+  local sum, term = x, x
+  for n = 1, 12 do
+    term = term * x * x / (2 * n * (2 * n + 1))
+    sum = sum + term
+  end
+  return sum
+end
+
+local function softplus(x) return math.max(x, 0) + log1p(math.exp(-math.abs(x))) end
+local function is_finite(x) return x == x and x ~= inf and x ~= -inf end
+local function round(x)
+  if not is_finite(x) then return x end
+  local below = floor(x)
+  local rest = x - below
+  if rest < 0.5 or (rest == 0.5 and below % 2 == 0) then return below end
+  return below + 1
+end
+
+M.sign = function(x) return isnan(x) and x or x > 0 and 1 or x < 0 and -1 or 0 end
+M.square = function(x) return x ^ 2 end
+M.reciprocal = function(x) return 1 / x end
+M.floor = floor
+M.ceil = function(x) return -floor(-x) end
+M.round = round
+M.trunc = function(x) return x < 0 and -floor(-x) or floor(x) end
+M.hypot = function(x, y)
+  if math.abs(x) == inf or math.abs(y) == inf then return inf end
+  return math.sqrt(x * x + y * y)
+end
+-- From the nearer end, so that weight 1 gives y to the bit.
+M.lerp = function(x, y, weight)
+  if math.abs(weight) < 0.5 then return x + weight * (y - x) end
+  return y - (y - x) * (1 - weight)
+end
+M.addcmul = function(x, y, z, attr) return x + (attr.value or 1) * (y * z) end
+M.addcdiv = function(x, y, z, attr) return x + (attr.value or 1) * (y / z) end
+M.masked_fill = function(x, mask, value) if mask then return value end return x end
+
+M.log2 = function(x) return x < 0 and nan or math.log(x) / math.log(2) end
+M.log10 = function(x) return x < 0 and nan or math.log(x) / math.log(10) end
+M.log1p = log1p
+M.expm1 = expm1
+M.tan = function(x) return is_finite(x) and math.sin(x) / math.cos(x) or nan end
+M.asin = function(x) return math.abs(x) <= 1 and math.asin(x) or nan end
+M.acos = function(x) return math.abs(x) <= 1 and math.acos(x) or nan end
+M.atan = function(x) return math.atan(x) end
+M.atan2 = function(x, y) return math.atan(x, y) end
+M.sinh = sinh
+M.cosh = function(x) return (math.exp(x) + math.exp(-x)) / 2 end
+M.softsign = function(x) return x / (1 + math.abs(x)) end
+M.logsigmoid = function(x) return isnan(x) and x or -softplus(-x) end
+M.leaky_relu = function(x, attr) return x > 0 and x or x * (attr.negative_slope or 0.01) end
+M.prelu = function(x, weight) return x > 0 and x or x * weight end
+M.elu = function(x, attr) return x > 0 and x or (attr.alpha or 1) * expm1(x) end
+M.hardtanh = function(x, attr) return isnan(x) and x or math.max(attr.min_val or -1, math.min(x, attr.max_val or 1)) end
+M.mish = function(x) return isnan(x) and x or x * tanh(softplus(x)) end
+
+M.squared_error = function(x, target) return (x - target) ^ 2 end
+M.absolute_error = function(x, target) return math.abs(x - target) end
+M.smooth_l1 = function(x, target, attr)
+  local beta, d = attr.beta or 1, math.abs(x - target)
+  if d < beta then return 0.5 * d * d / beta end
+  return d - 0.5 * beta
+end
+M.bce_with_logits = function(x, target, pos_weight)
+  return (1 - target) * x + (1 + (pos_weight - 1) * target) * (isnan(x) and x or softplus(-x))
+end
+M.kl_div_term = function(x, target, attr)
+  if attr.log_target then return math.exp(target) * (target - x) end
+  return (target == 0 and 0 or target < 0 and nan or target * math.log(target)) - target * x
+end
+M.norm_grad = function(u, x, n, attr)
+  local p = attr.p or 2
+  if n == 0 or p == 0 then return 0 end
+  if p == 1 then return isnan(x) and x or x > 0 and u or x < 0 and -u or u * x end
+  if p == 2 then return u * (x / n) end
+  return x == 0 and 0 or u * (x / n * (math.abs(x) / n) ^ (p - 2))
+end
+
 return M

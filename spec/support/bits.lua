@@ -35,7 +35,7 @@ function M.tensor(dtype, shape, bytes)
   local f = assert(io.open(path, "wb"))
   f:write(M.file {{"t", NAMES[dtype], shape, bytes}})
   f:close()
-  local state, message = hm.load(path)
+  local state, message = hm.load(path, {device = hm.get_default_device()})
   os.remove(path)
   return assert(state, message).t
 end

@@ -26,9 +26,9 @@ M.Net = Net
 --- A training run on one batch of random images: run.step() does one step and returns the loss as a tensor.
 ---@param dtype "f32"|"bf16"|"f16"
 ---@param batch integer
----@param device string? "cpu" if left out; weights and images are the same on all
+---@param device string? the default device if left out; weights and images are the same on all
 function M.run(dtype, batch, device)
-  device = device or "cpu"
+  device = device or hm.get_default_device()
   hm.manual_seed(1)
   local run = {model = Net():to(device)}
   run.opt = hm.optim.AdamW(run.model:parameters(), {lr = 1e-3})

@@ -1,15 +1,15 @@
 -- conversions.lua -- run by convert_spec.lua in a process of its own for each instruction set: every conversion
--- between float16, bfloat16 and the
--- wider types, at every pattern and every place where rounding turns.
+-- between float16, bfloat16 and the wider types, at every pattern and every place where rounding turns.
 --
--- What is expected comes from the bits alone: between two neighbours h and h + 1 of the narrow type lies one
--- midpoint; below it h is right, above it
--- h + 1, and on it the even one of the two.  Prints one line for each check that failed, and "checked N" at the end.
+-- What is expected comes from the bits alone: between two neighbours h and h + 1 of the narrow type lies one midpoint;
+-- below it h is right, above it h + 1, and on it the even one of the two.  The device may be named as an argument.
+-- Prints one line for each check that failed, and "checked N" at the end.
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
 local bits = require "spec.support.bits"
 
+hm.set_default_device(arg[1] or "cpu")
 local checked = 0
 
 -- Digits after the leading one, exponent bias; first pattern that is no finite number.

@@ -1,14 +1,65 @@
--- devices.lua -- cases that need a device "cuda", wherever the specs run.
+-- devices.lua -- the device that the specs run on, cases that are about the CPU alone, and cases that need "cuda".
 --
--- HALFMOON_CUDA is read once by a process.  With it set, the cases run here, on that device.  Without it they run in
--- one child process
--- on the test double (HALFMOON_CUDA=emu), started when the first of them is asked for, and each reports here what
--- became of it there.
--- Where the plug-in of the test double is not built, one pending test says so.
+-- `spec/run.lua --device=cuda` makes cuda the default device, so that every spec runs there.  What is about the CPU alone
+-- says so by cpu_only or cpu_cases and is skipped there; the end of the run counts the skipped cases by reason.
+--
+-- Cases that need a device "cuda" beside the CPU (cuda_spec, cuda_parity_spec) take the CPU for the default device, and are
+-- skipped where another one is.  HALFMOON_CUDA is read once by a process.  With it set, they run here, on that device.
+-- Without it they run in one child process on the test double (HALFMOON_CUDA=emu), started when the first of them is
+-- asked for, and each reports here what became of it there.  Where the plug-in of the test double is not built, one
+-- pending test says so.
 
+local hm = require "halfmoon"
 local process = require "spec.support.process"
 
 local M = {}
+
+-- ====== The device of this run ======
+
+--- Where this run's tensors are made: "cpu" or "cuda:0".
+M.name = hm.get_default_device()
+
+--- Whether that is the CPU.
+M.is_cpu = M.name == "cpu"
+
+--- One of two values: for the CPU, for other devices.  Sizes, where the test double is too slow for the CPU's.
+function M.pick(cpu, other)
+  if M.is_cpu then return cpu end
+  return other
+end
+
+--- Waits until the device has done all that was asked; raises what went wrong in it.  On the CPU nothing is left to wait for.
+function M.wait()
+  if not M.is_cpu then hm.cuda.synchronize(M.name) end
+end
+
+--- hm.cpu or hm.cuda: memory_stats, reset_peak and trim of this run's device.
+M.memory = M.is_cpu and hm.cpu or hm.cuda
+
+--- Ends the case that runs as skipped; busted's, put here by output.lua when a case begins.
+---@type fun(reason: string)
+M.skip = nil
+
+--- The body of a case that is about the CPU alone: fn, or on other devices a function that skips.
+---   it("name", devices.cpu_only("reads the processor's flags", function() ... end))
+---@param reason string what it looks at; the skipped cases are counted by it
+---@param fn function
+---@return function
+function M.cpu_only(reason, fn)
+  if M.is_cpu then return fn end
+  return function() M.skip(reason) end
+end
+
+--- The function `it` for a file or block that is about the CPU alone:
+---   local it = devices.cpu_cases("the processor's instruction sets", it)
+---@param reason string
+---@param it function
+---@return function
+function M.cpu_cases(reason, it)
+  return function(name, fn) return it(name, M.cpu_only(reason, fn)) end
+end
+
+-- ====== Cases that need cuda ======
 
 --- The plug-in of the test double, beside the program.
 M.plugin = (process.program:match("^(.*/)") or "") .. "halfmoon-cuda-emu.so"
@@ -81,6 +132,7 @@ end
 ---@param name string unique in the file
 ---@param fn function
 function Cases:run(name, fn)
+  if not M.is_cpu then return M.skip("compares cuda with the CPU itself") end
   if M.here and not REPORT then return fn() end
   if M.here then return run_and_report(name, fn) end
   if not self.results then self.results, self.said, self.status = child(self.file) end

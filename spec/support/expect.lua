@@ -1,13 +1,14 @@
 -- expect.lua -- errors, gradients and runs of the program, as specs look at them.
 
 local assert = require "luassert"
+local hm = require "halfmoon"
 
 local M = {}
 
 --- raises(parts, fn, ...): see there.
 M.raises = require "spec.support.raises"
 
---- Runs a chunk in a fresh process of the program; returns what it printed (both streams) and its exit status.
+--- Runs a chunk in a fresh process of the program, on the device of this run; returns what it printed (both streams) and its exit status.
 ---@param chunk string
 ---@return string said
 ---@return integer status
@@ -15,7 +16,8 @@ function M.program(chunk)
   local program = os.getenv("HALFMOON_PROGRAM") or "build/halfmoon"
   local path = os.tmpname()
   local file = assert(io.open(path, "w"))
-  file:write('local hm = require "halfmoon"\nlocal core = require "halfmoon.core"\n', chunk, "\n")
+  file:write('local hm = require "halfmoon"; hm.set_default_device "', hm.get_default_device(), '"\n')
+  file:write('local core = require "halfmoon.core"\n', chunk, "\n")
   file:close()
   local pipe = assert(io.popen(("HALFMOON_HISTORY= %s %s 2>&1; echo \"status=$?\""):format(program, path)))
   local text = pipe:read("a")

@@ -1,12 +1,12 @@
--- isa_cases.lua -- what has to give the same bits with every instruction set and every number of threads: all
--- elementwise rows with their generated
--- backward rows, reductions, softmax, losses, pooling, random numbers, casts and the optimizers' passes.  (Matrix products and convolutions
--- come from a library that makes no such promise.)
+-- isa_cases.lua -- what has to give the same bits with every instruction set and every number of threads: all rows of the op table, those
+-- that are no formula from spec/support/samples.lua, and here on long inputs; casts; the optimizers' passes.  (Matrix products and
+-- convolutions come from a library that makes no such promise.)
 --
 -- Required by isa_spec.lua; run as a script with a path, it saves all results there:  build/halfmoon spec/support/isa_cases.lua /tmp/out
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
+local samples = require "spec.support.samples"
 
 local M = {}
 
@@ -54,7 +54,7 @@ local function dtype_for(op, k, dtype) return op.inputs[k].cls == "b" and "bool"
 --- One case for each elementwise row, dtype and form.
 local function elementwise(add, n)
   local base = {}
-  for k = 1, 4 do base[k] = values(n, k) end
+  for k = 1, 8 do base[k] = values(n, k) end
   local made = {}
   local function input(k, dtype)
     local key = k .. dtype
@@ -64,10 +64,8 @@ local function elementwise(add, n)
   local columns = math.max(1, n // 59)
   for _, op in ipairs(core.ops()) do
     if op.family == "elementwise" then
-      local attrs = {}
-      for _, a in ipairs(op.attrs) do
-        if a.name == "min" then attrs.min = -1.25 elseif a.name == "max" then attrs.max = 2 end
-      end
+      local settings = samples.settings(op)
+      local attrs = settings[#settings]
       for _, dtype in ipairs(DTYPES) do
         local name = op.name .. " " .. dtype
         local function operands(change)
@@ -117,6 +115,18 @@ local function arrays(add, n)
       case(name .. " by columns", function() return x[name](x, 1) end)
     end
     case("argmax", function() return x:argmax(), x:argmin(1) end)
+    for _, dims in ipairs {{0}, {1}, {0, 1}} do
+      local over = " over " .. table.concat(dims, " ")
+      case("spread" .. over, function() return core.call("var", x, {dim = dims}), core.call("logsumexp", x, {dim = dims}) end)
+      for _, p in ipairs {0, 1, 2, 3, 0.7} do
+        case("norm " .. p .. over, function() return core.call("norm", x, {p = p, dim = dims}) end)
+      end
+    end
+    case("prod", function() return x:prod(), x:prod(1), x:prod(2), core.call("prod_backward", g:prod(2), x, {dim = 1}) end)
+    for _, name in ipairs {"cumsum", "cumprod", "cumsum_reverse"} do
+      case(name, function() return core.call(name, x, {dim = 0}), core.call(name, x, {dim = 1}) end)
+      case(name .. " of one line", function() return core.call(name, x:view(rows * 301), {dim = 0}) end)
+    end
     for _, name in ipairs {"softmax", "log_softmax"} do
       for d = 1, 2 do
         case(name .. " " .. d, function()
@@ -125,6 +135,25 @@ local function arrays(add, n)
         end)
       end
     end
+    for _, relu in ipairs {false, true} do
+      case("batch_norm relu " .. tostring(relu), function()
+        local y, mean, rstd = core.call("batch_norm", x, nil, nil, nil, nil, {relu = relu})
+        return y, mean, rstd, core.call("batch_norm_backward", g, x, nil, nil, mean, rstd, {relu = relu})
+      end)
+    end
+    case("group_norm", function()
+      local planes, slope = x:unsqueeze(1), g:unsqueeze(1)
+      local y, mean, rstd = core.call("group_norm", planes, nil, nil, {groups = 1})
+      return y, mean, rstd, core.call("group_norm_backward", slope, planes, nil, mean, rstd, {groups = 1})
+    end)
+    case("layer_norm", function()
+      local y, mean, rstd = core.call("layer_norm", x, nil, nil, {})
+      return y, mean, rstd, core.call("layer_norm_backward", g, x, nil, mean, rstd, {})
+    end)
+    case("rms_norm", function()
+      local y, rstd = core.call("rms_norm", x, nil, {})
+      return y, rstd, core.call("rms_norm_backward", g, x, nil, rstd, {})
+    end)
     local target = hm.tensor(tame(rows, 9)):mul(50):add(150):to("i64")
     for _, reduction in ipairs {"mean", "sum", "none"} do
       for _, smoothing in ipairs {0, 0.1} do
@@ -144,6 +173,23 @@ local function arrays(add, n)
         local y, index = core.call("max_pool2d", image, {kernel_size = {3, 2}, stride = {2, 2}, padding = {1, 0}})
         return y, index, core.call("max_pool2d_backward", y, index,
           {shape = image.shape, kernel_size = {3, 2}, stride = {2, 2}, padding = {1, 0}})
+      end)
+      case("avg_pool2d " .. name, function()
+        local y = core.call("avg_pool2d", image, {kernel_size = {3, 2}, stride = {2, 1}, padding = {1, 1}, ceil_mode = true})
+        return y, core.call("avg_pool2d_backward", y,
+          {shape = image.shape, kernel_size = {3, 2}, stride = {2, 1}, padding = {1, 1}, ceil_mode = true})
+      end)
+      case("adaptive_avg_pool2d " .. name, function()
+        local y = core.call("adaptive_avg_pool2d", image, {output_size = {1, 4}})
+        return y, core.call("adaptive_avg_pool2d_backward", y, {shape = image.shape})
+      end)
+      case("adaptive_max_pool2d " .. name, function()
+        local y, index = core.call("adaptive_max_pool2d", image, {output_size = {3, 4}})
+        return y, index, core.call("adaptive_max_pool2d_backward", y, index, {shape = image.shape})
+      end)
+      case("interpolate2d " .. name, function()
+        local y = core.call("interpolate2d", image, {size = {9, 17}, mode = "bilinear"})
+        return y, core.call("interpolate2d_backward", y, {shape = image.shape, mode = "bilinear"})
       end)
       case("conv2d_backward_bias " .. name, function() return core.call("conv2d_backward_bias", image) end)
     end
@@ -165,6 +211,23 @@ local function arrays(add, n)
         hm.manual_seed(5)
         return hm.randint(-7, 1000000007, {m}), hm.rand({3}, {dtype = dtype})
       end)
+    end
+  end
+end
+
+-- Whose sums are the library's, or that make nothing.
+local APART = {elementwise = true, matmul = true, conv = true, view = true}
+
+--- Every sample of every row that is no formula.
+local function sampled(add)
+  for _, op in ipairs(core.ops()) do
+    for i, sample in ipairs(APART[op.family] and {} or samples.of(op)) do
+      for _, dtype in ipairs(DTYPES) do
+        add(("%s, sample %d of %s"):format(op.name, i, dtype), function()
+          local args = samples.arguments(op, sample, dtype)
+          return table.unpack(samples.call(op, args, sample[2]))
+        end)
+      end
     end
   end
 end
@@ -210,6 +273,7 @@ function M.cases(n)
   local function add(name, fn) list[#list + 1] = {name, fn} end
   elementwise(add, n)
   arrays(add, n)
+  sampled(add)
   optimizers(add, n)
   return list
 end

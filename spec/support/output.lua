@@ -1,10 +1,11 @@
 -- output.lua -- how busted reports here: one line for each spec file, each failure with the command that runs it alone, the
--- slowest tests, and `N passed, N failed` at the end.
+-- slowest tests, how many were skipped and why, and `N passed, N failed` at the end.
 --
 -- Appends "passed failed skipped" to the file named by HALFMOON_COUNTS, from which scripts/test makes the sum of all runs; beside it,
 -- in a file with ".now" at the end, stands the test that runs, so that a crash can be told where it happened.
 
 local busted = require "busted"
+local devices = require "spec.support.devices"
 local pretty = require "pl.pretty"
 
 local MANY_FAILURES = 30 -- from here on only the names are printed
@@ -65,6 +66,7 @@ return function()
   end
 
   function handler.testStart(element)
+    devices.skip = element.env and element.env.pending
     local f = counts and io.open(counts .. ".now", "w")
     if f then
       f:write(handler.getFullName(element), "  (", file_of(element), ")\n")
@@ -94,8 +96,21 @@ return function()
     return nil, true
   end
 
+  -- How many cases were skipped for each reason.
+  local function print_reasons()
+    local counted, reasons = {}, {}
+    for _, skipped in ipairs(handler.pendings) do
+      local why = type(skipped.message) == "string" and skipped.message:gsub("^%S+:%d+: ", "") or skipped.name
+      if not counted[why] then reasons[#reasons + 1] = why end
+      counted[why] = (counted[why] or 0) + 1
+    end
+    table.sort(reasons)
+    for _, why in ipairs(reasons) do print(("  skipped: %4d  %s"):format(counted[why], why)) end
+  end
+
   function handler.suiteEnd()
     finish_file()
+    print_reasons()
     local passed, failed = handler.successesCount, handler.failuresCount + handler.errorsCount
     local skipped = handler.pendingsCount
     table.sort(times, function(a, b) return a[1] > b[1] end)

@@ -9,10 +9,12 @@
  *   HALFMOON_EMU_DEFER   1: nothing on a stream runs before somebody waits for it
  *   HALFMOON_EMU_FENCE   0: device memory stays readable by the host (faster; default 1)
  *   HALFMOON_EMU_CC      compute capability, default 9.0
+ *   HALFMOON_EMU_DRIVER  CUDA version that the driver knows, default the runtime's; 0: none is installed
  *   HALFMOON_EMU_MEMORY  device memory in MiB, default 4096
  *   HALFMOON_EMU_SMS     multiprocessors, default 4
  *   HALFMOON_EMU_FAIL    NAME:N[,NAME:N...]: the N-th call of that function fails ("call": of any function, "launch": of any kernel)
  *   HALFMOON_EMU_CXX     compiler for run-time compilation, default g++
+ *   HALFMOON_EMU_CUDNN   refuse, late or bias: what cuDNN refuses (cudnn.cpp tells)
  *   HALFMOON_EMU_QUIET   1: violations are not printed to stderr
  */
 #ifndef HM_EMU_STATS_H

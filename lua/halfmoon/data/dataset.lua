@@ -1,4 +1,4 @@
---- data/dataset.lua -- data sets in memory: tensors with one row for each example; IDX files; Fashion-MNIST.
+--- data/dataset.lua -- data sets in memory: tensors with one row for each example; IDX files; Fashion-MNIST, CIFAR-10.
 --
 -- Constructors raise when files are missing or damaged, with what to do about it.
 
@@ -128,6 +128,38 @@ function dataset.fashion_mnist(opts)
   end
   local new = dataset.TensorDataset(images:unsqueeze(2), labels:to("int64"))
   new.images, new.labels, new.classes = new.tensors[1], new.tensors[2], FASHION_CLASSES
+  return new
+end
+
+local CIFAR_ROOT = "cifar-10-batches-bin"
+local CIFAR_CLASSES = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
+
+--- CIFAR-10: images u8 [50000, 3, 32, 32] (10,000 for the test set) and labels i64, from the files of its binary version.
+--- root: their folder, by default HALFMOON_DATA, there or in cifar-10-batches-bin below it.
+---@param opts {root: string, train: boolean}?
+---@return Dataset fields images, labels, classes
+function dataset.cifar10(opts)
+  opts = options.check("data.cifar10", opts, {
+    root = {"string", os.getenv("HALFMOON_DATA") or "."}, train = {"boolean", true},
+  })
+  local names = {"test_batch.bin"}
+  if opts.train then
+    for i = 1, 5 do names[i] = ("data_batch_%d.bin"):format(i) end
+  end
+  local root = core.exists(opts.root .. "/" .. names[1]) and opts.root or opts.root .. "/" .. CIFAR_ROOT
+  local paths = {}
+  for i, name in ipairs(names) do
+    paths[i] = root .. "/" .. name
+    if not core.exists(paths[i]) then
+      raise("data.cifar10: %s is not in %s\n  the files come with cifar-10-binary.tar.gz from "
+        .. "https://www.cs.toronto.edu/~kriz/cifar.html:\n    tar xzf cifar-10-binary.tar.gz\n"
+        .. "  then give their folder: HALFMOON_DATA=/path, or {root = \"/path\"}", name, opts.root)
+    end
+  end
+  local images, labels = core.cifar(paths)
+  if not images then raise("%s", labels) end
+  local new = dataset.TensorDataset(images, labels)
+  new.images, new.labels, new.classes = images, labels, CIFAR_CLASSES
   return new
 end
 

@@ -32,6 +32,8 @@ local function Parameter(t, requires_grad)
 end
 
 --- Whether a value is a parameter: a tensor that Parameter() made.
+---@param x any
+---@return boolean
 local function is_parameter(x) return parameters[x] == true end
 
 -- ====== The stack of modules being called ======
@@ -69,6 +71,8 @@ end})
 local Module = {__class = "Module", __is_module = true}
 
 --- Whether a value is a module.
+---@param x any
+---@return boolean
 local function is_module(x) return type(x) == "table" and x.__is_module == true end
 
 --- Notes the name of a field at its first assignment.
@@ -84,15 +88,65 @@ local function key_of(name)
   return tostring(name)
 end
 
+--- forward between the hooks of a module.
+local function call_hooked(self, ...)
+  local inputs = table.pack(...)
+  for _, hook in ipairs(table.move(self._hooks.before, 1, #self._hooks.before, 1, {})) do
+    local changed = table.pack(hook.fn(self, table.unpack(inputs, 1, inputs.n)))
+    if changed[1] ~= nil then inputs = changed end
+  end
+  local outputs = table.pack(self:forward(table.unpack(inputs, 1, inputs.n)))
+  for _, hook in ipairs(table.move(self._hooks.after, 1, #self._hooks.after, 1, {})) do
+    local changed = table.pack(hook.fn(self, inputs, table.unpack(outputs, 1, outputs.n)))
+    if changed[1] ~= nil then outputs = changed end
+  end
+  return table.unpack(outputs, 1, outputs.n)
+end
+
 local function call(self, ...)
   local s = current_stack()
   s.n = s.n + 1
   s[s.n] = self
   local _ <close> = leave
+  if self._hooks then return call_hooked(self, ...) end
   return self:forward(...)
 end
 
 local function to_text(self) return self:describe() end
+
+--- Called by the constructor with its arguments.
+function Module:init() end -- luacheck: ignore 212
+
+--- What the module computes; classes replace it.
+function Module:forward()
+  raise("%s has no forward: define function %s:forward(x)", self.__class, self.__class)
+end
+
+-- Called with each new instance, if set: for the global dtype policy (amp/dtype_policy.lua).
+local on_created ---@type fun(module: Module)?
+
+--- Gives a table of methods what makes it a class: called, it makes an instance.
+local function finish(new, name, base)
+  new.__instance = {
+    __index = new, __newindex = new_field, __call = call, __tostring = to_text, __name = name,
+    __len = base and base.__instance.__len,
+  }
+  return setmetatable(new, {
+    __index = base,
+    __name = name,
+    __tostring = function() return "class " .. name end,
+    __call = function(self, ...)
+      local object = setmetatable({}, self.__instance)
+      rawset(object, "_names", {})
+      rawset(object, "_buffers", {})
+      rawset(object, "_hooks", false)
+      rawset(object, "training", true)
+      object:init(...)
+      if on_created then on_created(object) end
+      return object
+    end,
+  })
+end
 
 --- Makes a new kind of module.  Give it init (called by the constructor) and forward:
 ---     local Net = nn.class("Net")
@@ -105,42 +159,71 @@ local function to_text(self) return self:describe() end
 local function class(name, base)
   if type(name) ~= "string" then raise("nn.class: the name must be a string, not %s", errors.describe(name)) end
   base = base or Module
-  local new = {__class = name}
-  new.__instance = {
-    __index = new, __newindex = new_field, __call = call, __tostring = to_text, __name = name,
-    __len = base.__instance and base.__instance.__len,
-  }
-  return setmetatable(new, {
-    __index = base,
-    __name = name,
-    __tostring = function() return "class " .. name end,
-    __call = function(self, ...)
-      local object = setmetatable({}, self.__instance)
-      rawset(object, "_names", {})
-      rawset(object, "_buffers", {})
-      rawset(object, "training", true)
-      object:init(...)
-      return object
-    end,
-  })
+  return finish({__class = name}, name, base)
 end
 
---- Called by the constructor with its arguments.
-function Module:init() end -- luacheck: ignore 212
+finish(Module, "Module")
 
---- What the module computes; classes replace it.
-function Module:forward()
-  raise("%s has no forward: define function %s:forward(x)", self.__class, self.__class)
-end
+-- ====== Registering ======
 
 --- Keeps a tensor that is part of the state but not trained: it moves with to() and stands in the state dict.
 ---@param name string
 ---@param t Tensor
-function Module:register_buffer(name, t)
+---@param opts {persistent: boolean}? persistent = false keeps it out of the state dict
+function Module:register_buffer(name, t, opts)
   if not core.is_tensor(t) then raise("register_buffer: '%s' must be a tensor, not %s", name, errors.describe(t)) end
-  self._buffers[name] = true
+  local options = require "halfmoon.options"
+  opts = options.check("register_buffer", opts, {persistent = {"boolean", true}})
+  self._buffers[name] = opts.persistent and "kept" or "passing"
   self[name] = t
 end
+
+--- Registers a child under a name that is made at run time: the same as self[name] = module.
+---@param name string|integer
+---@param module Module
+function Module:register_module(name, module)
+  if not is_module(module) then
+    raise("register_module: '%s' must be a module, not %s", name, errors.describe(module))
+  end
+  self[name] = module
+end
+Module.add_module = Module.register_module
+
+--- Registers a parameter under a name that is made at run time; a plain tensor becomes a parameter.
+---@param name string|integer
+---@param t Tensor
+function Module:register_parameter(name, t)
+  if not core.is_tensor(t) then raise("register_parameter: '%s' must be a tensor, not %s", name, errors.describe(t)) end
+  self[name] = parameters[t] and t or Parameter(t)
+end
+
+--- Adds a hook before or after forward; handle:remove() takes it away.
+local function add_hook(self, where, when, fn)
+  if type(fn) ~= "function" then raise("%s: expected a function, not %s", where, errors.describe(fn)) end
+  if not self._hooks then rawset(self, "_hooks", {before = {}, after = {}}) end
+  local list, entry = self._hooks[when], {fn = fn}
+  list[#list + 1] = entry
+  return {
+    remove = function()
+      for i, other in ipairs(list) do
+        if other == entry then table.remove(list, i) break end
+      end
+      local hooks = self._hooks
+      if hooks and #hooks.before + #hooks.after == 0 then rawset(self, "_hooks", false) end
+    end,
+  }
+end
+
+--- Calls fn(module, ...) with the arguments of each call, before forward.  What fn returns, if anything, takes their place.
+---@param fn fun(module: Module, ...): ...
+---@return table handle handle:remove() takes the hook away
+function Module:register_forward_pre_hook(fn) return add_hook(self, "register_forward_pre_hook", "before", fn) end
+
+--- Calls fn(module, inputs, ...) after forward with its arguments as a table and its results.  What fn returns, if
+--- anything, takes the place of the results.
+---@param fn fun(module: Module, inputs: table, ...): ...
+---@return table handle handle:remove() takes the hook away
+function Module:register_forward_hook(fn) return add_hook(self, "register_forward_hook", "after", fn) end
 
 -- ====== Walking ======
 
@@ -242,6 +325,65 @@ function Module:children()
   return list
 end
 
+--- The direct children with their names.
+---@return fun(): string, Module
+function Module:named_children()
+  local list = {}
+  for name, value, kind in self:fields() do
+    if kind == "module" then list[#list + 1] = {key_of(name), value} end
+  end
+  return iterate(list)
+end
+
+--- What stands at a full name as in the state dict, and the names of what stands beside it.
+local function find(self, full)
+  local at, known = self, {}
+  for part in full:gmatch("[^.]+") do
+    local found
+    known = {}
+    if not is_module(at) then return nil, known end
+    for name, value in at:fields() do
+      known[#known + 1] = key_of(name)
+      if key_of(name) == part then found = value end
+    end
+    if found == nil then return nil, known end
+    at = found
+  end
+  return at, known
+end
+
+--- find() that raises unless what is there passes a test.
+local function find_or_raise(self, where, full, what, test)
+  if type(full) ~= "string" then raise("%s: the name must be a string, not %s", where, errors.describe(full)) end
+  local found, known = find(self, full)
+  if found == nil or not test(found) then
+    raise("%s: %s has no %s '%s'\n  known there: %s", where, self.__class, what, full,
+      #known > 0 and table.concat(known, ", ") or "nothing")
+  end
+  return found
+end
+
+--- The module of a full name as in the state dict ("body.0"); itself for "".
+---@param name string
+---@return Module
+function Module:get_submodule(name) return find_or_raise(self, "get_submodule", name, "module", is_module) end
+
+--- The parameter of a full name as in the state dict ("body.0.weight").
+---@param name string
+---@return Tensor
+function Module:get_parameter(name)
+  return find_or_raise(self, "get_parameter", name, "parameter", is_parameter)
+end
+
+--- The buffer of a full name as in the state dict ("bn.running_mean").
+---@param name string
+---@return Tensor
+function Module:get_buffer(name)
+  return find_or_raise(self, "get_buffer", name, "buffer", function(found)
+    return core.is_tensor(found) and not is_parameter(found)
+  end)
+end
+
 --- Calls fn(module) for every module below this one, then for itself.
 ---@param fn fun(module: Module)
 ---@return Module self
@@ -257,35 +399,67 @@ end
 local function each_place(self, prefix, visit)
   local children = {}
   for name, value, kind in self:fields() do
-    local full = prefix == "" and key_of(name) or prefix .. "." .. key_of(name)
-    if kind == "module" then children[#children + 1] = {full, value} else visit(self, name, full, value, kind) end
+    local full = prefix .. key_of(name)
+    if kind == "module" then
+      children[#children + 1] = {full .. ".", value}
+    else
+      visit(self, name, full, value, kind)
+    end
   end
   for _, child in ipairs(children) do each_place(child[2], child[1], visit) end
 end
 
+--- each_place() of what belongs into a state dict.
+local function each_kept(self, prefix, visit)
+  each_place(self, prefix, function(owner, field, full, value, kind)
+    if kind == "parameter" or owner._buffers[field] == "kept" then visit(full, value) end
+  end)
+end
+
 --- Parameters and buffers by full name.  They share memory with the module: clone what should not follow it.
+---@param prefix string? put before every name, e.g. "encoder."
 ---@return table<string, Tensor>
-function Module:state_dict()
+function Module:state_dict(prefix)
+  if prefix ~= nil and type(prefix) ~= "string" then
+    raise("state_dict: the prefix must be a string, not %s", errors.describe(prefix))
+  end
   local state = {}
-  each_place(self, "", function(_, _, full, value) state[full] = value:detach() end)
+  each_kept(self, prefix or "", function(full, value) state[full] = value:detach() end)
   return state
 end
 
-local function sorted(list)
-  table.sort(list)
-  return table.concat(list, ", ")
+--- A copy of the module with memory of its own: parameters, buffers and what stands in its tables.  What was shared inside is
+--- shared in the copy.
+---@return Module
+function Module:clone()
+  local made = {}
+  local function copy(value)
+    if made[value] ~= nil then return made[value] end
+    if core.is_tensor(value) then
+      local new = value:detach():clone()
+      if parameters[value] then new = Parameter(new, value.requires_grad) end
+      made[value] = new
+      return new
+    end
+    if type(value) ~= "table" or (getmetatable(value) ~= nil and not is_module(value)) then return value end
+    local new = setmetatable({}, getmetatable(value))
+    made[value] = new
+    for k, v in next, value do rawset(new, k, copy(v)) end
+    return new
+  end
+  return copy(self)
 end
 
 --- Copies a state dict into the module.  Nothing is copied if anything does not fit.
 ---@param state table<string, Tensor>
 ---@param opts {strict: boolean}? strict = false lets names be missing or left over; shapes must always agree
----@return {missing: string[], unexpected: string[]}
+---@return {missing: string[], unexpected: string[]} names that were not in the state, and those the module has not
 function Module:load_state_dict(state, opts)
   local options = require "halfmoon.options"
   opts = options.check("load_state_dict", opts, {strict = {"boolean", true}})
   if type(state) ~= "table" then raise("load_state_dict: expected a table, not %s", errors.describe(state)) end
   local missing, unexpected, wrong, places = {}, {}, {}, {}
-  each_place(self, "", function(_, _, full, value)
+  each_kept(self, "", function(full, value)
     local new = state[full]
     places[full] = value
     if new == nil then
@@ -300,9 +474,13 @@ function Module:load_state_dict(state, opts)
   for name in pairs(state) do
     if not places[name] then unexpected[#unexpected + 1] = tostring(name) end
   end
+  table.sort(missing)
+  table.sort(unexpected)
   local complaints = {}
-  if opts.strict and #missing > 0 then complaints[#complaints + 1] = "missing: " .. sorted(missing) end
-  if opts.strict and #unexpected > 0 then complaints[#complaints + 1] = "unexpected: " .. sorted(unexpected) end
+  if opts.strict and #missing > 0 then complaints[#complaints + 1] = "missing: " .. table.concat(missing, ", ") end
+  if opts.strict and #unexpected > 0 then
+    complaints[#complaints + 1] = "unexpected: " .. table.concat(unexpected, ", ")
+  end
   table.sort(wrong)
   for _, text in ipairs(wrong) do complaints[#complaints + 1] = "wrong shape: " .. text end
   if #complaints > 0 then
@@ -328,8 +506,11 @@ end
 ---@return Module self
 function Module:eval() return self:train(false) end
 
+local half = {float16 = true, bfloat16 = true}
+
 --- Converts parameters and buffers: to("float16"), to("cuda"), to{dtype=, device=}.  A dtype touches floating tensors
---- only.  Tensors that change are replaced, so make optimizers afterwards.
+--- only; running statistics of normalization (classes with _wide_buffers) stay float32 where others become half.
+--- Tensors that change are replaced, so make optimizers afterwards.
 ---@param target string|{dtype: string?, device: string?}
 ---@return Module self
 function Module:to(target)
@@ -349,8 +530,9 @@ function Module:to(target)
     local new = made[value]
     if not new then
       local plain = value:detach()
-      local floating = value.dtype:find("float", 1, true)
-      new = plain:to{dtype = floating and dtype or nil, device = device}
+      local wanted = value.dtype:find("float", 1, true) and dtype or nil
+      if kind == "buffer" and owner._wide_buffers and half[wanted] then wanted = "float32" end
+      new = plain:to{dtype = wanted, device = device}
       if new.dtype == value.dtype and new.device == value.device then
         new = value
       elseif kind == "parameter" then
@@ -376,6 +558,12 @@ function Module:cpu() return self:to("cpu") end
 --- Moves the module to a GPU.
 ---@param index integer? from 0
 function Module:cuda(index) return self:to("cuda:" .. (index or 0)) end
+
+--- A table of the modules below this one with the shapes they give, their parameters and bytes; see nn/summary.lua.
+---@param shape integer[]|integer[][]|Tensor|Tensor[] of the input or inputs
+---@param opts {optimizer: Optimizer, dtype: string, print: boolean}? the dtype of the inputs; print = false only returns it
+---@return table summary rows from 1, `total`; prints nicely
+function Module:summary(shape, opts) return require("halfmoon.nn.summary")(self, shape, opts) end
 
 --- Sets the gradients of all parameters to nil.
 function Module:zero_grad()
@@ -442,5 +630,5 @@ errors.set_path_provider(path)
 
 return {
   Module = Module, class = class, Parameter = Parameter, is_module = is_module, is_parameter = is_parameter,
-  path = path,
+  path = path, set_on_created = function(fn) on_created = fn end,
 }

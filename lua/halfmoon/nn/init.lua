@@ -13,7 +13,9 @@ local nn = {
   utils = require "halfmoon.nn.utils",
 }
 
-for _, file in ipairs {"layers", "activations", "containers", "losses"} do
+for _, file in ipairs {
+  "linear", "conv", "pooling", "norm", "activations", "recurrent", "transformer", "containers", "losses",
+} do
   for name, value in pairs(require("halfmoon.nn." .. file)) do nn[name] = value end
 end
 

@@ -15,12 +15,82 @@ local raise, describe = errors.raise, errors.describe
 local Optimizer = {}
 Optimizer.__index = Optimizer
 
+-- ====== Options ======
+
+local function betas(value)
+  if #value == 2 and type(value[1]) == "number" and type(value[2]) == "number" and value[1] >= 0 and value[1] < 1
+    and value[2] >= 0 and value[2] < 1 then
+    return
+  end
+  return "must be two numbers from 0 to below 1"
+end
+
+--- What C says about the options of a kind, as a declaration.
+---@param known table<string, {[1]: number|boolean, [2]: number, [3]: number}>
+---@return OptionSpec
+local function declare(known)
+  local spec = {}
+  for name, option in pairs(known) do
+    local default, low = option[1], option[2]
+    if type(default) == "boolean" then
+      spec[name] = {"boolean", default}
+    else
+      spec[name] = {"number", default, low == 0 and options.at_least(0) or nil}
+    end
+  end
+  if spec.beta1 then
+    spec.betas = {"table", {spec.beta1[2], spec.beta2[2]}, betas}
+    spec.beta1, spec.beta2 = nil, nil
+  end
+  if spec.stochastic then
+    spec.rounding, spec.stochastic = {"string", "nearest", options.one_of("nearest", "stochastic")}, nil
+  end
+  return spec
+end
+
+--- Options that exclude each other.
+local function check(where, o)
+  if o.nesterov and (o.momentum <= 0 or o.dampening ~= 0) then
+    raise("%s: nesterov needs a momentum above 0 and a dampening of 0", where)
+  end
+  if o.kahan and o.rounding == "stochastic" then
+    raise("%s: kahan and rounding = \"stochastic\" exclude each other", where)
+  end
+end
+
 -- ====== Groups ======
 
---- The options of a group that the user sees, from the C side's names.
+-- Options that have another form here than in C: how to read one and write one there.  get and set take C names.
+local forms = {
+  betas = {
+    read = function(get) return {get "beta1", get "beta2"} end,
+    write = function(set, value) set("beta1", value[1]) set("beta2", value[2]) end,
+  },
+  rounding = {
+    read = function(get) return get "stochastic" and "stochastic" or "nearest" end,
+    write = function(set, value) set("stochastic", value == "stochastic") end,
+  },
+}
+
+--- An option of a group as the user sees it.
 local function read(core_optim, index, name)
-  if name == "betas" then return {core_optim:get(index, "beta1"), core_optim:get(index, "beta2")} end
-  return core_optim:get(index, name)
+  local form = forms[name]
+  if not form then return core_optim:get(index, name) end
+  return form.read(function(c_name) return core_optim:get(index, c_name) end)
+end
+
+--- Hands an option on to C's set(name, value).
+local function write(set, name, value)
+  if forms[name] then forms[name].write(set, value) else set(name, value) end
+end
+
+--- Names the optimizers that have what a half-precision parameter without a master asks for.
+local function refuse_half(where, spec, given)
+  for _, name in ipairs {"kahan", "rounding"} do
+    if not spec[name] and type(given) == "table" and given[name] ~= nil then
+      raise("%s: the option '%s' is for SGD, Adam and AdamW", where, name)
+    end
+  end
 end
 
 --- A live view of one group.
@@ -38,12 +108,7 @@ local function proxy(self, index, params)
       if not declared then options.unknown(where, name, options.names(self.spec)) end
       if value == nil then raise("%s: '%s' cannot be nil", where, name) end
       value = options.value(where, name, value, declared)
-      if name == "betas" then
-        self.core:set(index, "beta1", value[1])
-        self.core:set(index, "beta2", value[2])
-      else
-        self.core:set(index, name, value)
-      end
+      write(function(c_name, v) self.core:set(index, c_name, v) end, name, value)
     end,
     __pairs = function(group)
       local names, i = options.names(self.spec), 0
@@ -78,15 +143,15 @@ function Optimizer:add_param_group(group)
   for name, value in pairs(group) do
     if name ~= "params" then given[name] = value end
   end
+  refuse_half(where, self.spec, given)
   for name in pairs(self.spec) do
     if given[name] == nil then given[name] = self.defaults[name] end
   end
   given = options.check(where, given, self.spec)
-  if self.check then self.check(where, given) end
-  if given.betas then
-    given.beta1, given.beta2, given.betas = given.betas[1], given.betas[2], nil
-  end
-  local index = self.core:add_group(list, given)
+  check(where, given)
+  local plain = {}
+  for name, value in pairs(given) do write(function(c_name, v) plain[c_name] = v end, name, value) end
+  local index = self.core:add_group(list, plain)
   self.param_groups[index] = proxy(self, index, list)
 end
 
@@ -210,22 +275,21 @@ end
 
 -- ====== Kinds ======
 
---- Makes the constructor of one kind of optimizer.
+--- Makes the constructor of one kind of optimizer.  Options and states are those that C has for it.
 ---@param name string
----@param c_kind "sgd"|"adam"|"adamw"
----@param spec OptionSpec
----@param state_names string[]
----@param check nil|fun(where: string, options: table)
+---@param c_kind "sgd"|"adam"|"adamw"|"rmsprop"|"adagrad"|"lion"
 ---@return fun(params: table, options: table?): Optimizer
-local function kind(name, c_kind, spec, state_names, check)
+local function kind(name, c_kind)
+  local known = core.optim_kind(c_kind)
+  local spec = declare(known.options)
   return function(params, opts)
     local where = "optim." .. name
     local self = setmetatable({
-      name = name, core = core.optim_new(c_kind), spec = spec, state_names = state_names, check = check,
-      param_groups = {},
+      name = name, core = core.optim_new(c_kind), spec = spec, state_names = known.states, param_groups = {},
     }, Optimizer)
+    refuse_half(where, spec, opts)
     self.defaults = options.check(where, opts, spec)
-    if check then check(where, self.defaults) end
+    check(where, self.defaults)
     if core.is_tensor(params) then params = {params} end
     if type(params) ~= "table" then
       raise("%s: expected an array of parameters or of groups, not %s\n  hint: model:parameters()", where,

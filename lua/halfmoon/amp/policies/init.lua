@@ -2,11 +2,19 @@
 --
 -- A policy is a table:
 --     name    string
---     needs   array of extra statistics: "amax", "norm" (of the unscaled finite gradients)
+--     needs   array of extra statistics of the unscaled finite gradients: "amax", "norm", "histogram", "per_param"
 --     options names and defaults of its own options (leave it out to take any)
+--     min_scale, max_scale  bounds of a scaler made with it, where none are given (1 and 2^24)
 --     init    function(opts) -> state, a table of plain numbers and strings; state.scale is the first scale
 --     update  function(state, event, opts) -> next scale [, {stop = "why"}]
--- event: found_inf, inf_count, nan_count, step (from 1), scale, and what `needs` asked for.
+-- event: found_inf, inf_count, nan_count, step (from 1), scale, and what `needs` asked for:
+--     amax, norm  numbers
+--     histogram   {[e] = how many lie in [2^e, 2^(e+1)), for each e from -126 to 127 that has any, zeros, subnormals}
+--     per_param   {{name, amax, norm, inf_count, nan_count}, ...}
+-- The last two take time in each step, and a scaler with async = true does not have them.
+--
+-- An option that was not given has the policy's default; one that was given must have the default's type.  The policy's
+-- init raises for values that make no sense.
 --
 -- Tables run in the user's Lua state.  Files run in a state of their own with a memory cap and an instruction limit;
 -- they see math, table, string.format and the base functions that load nothing; state and events are copied across.
@@ -21,12 +29,15 @@ local raise, describe = errors.raise, errors.describe
 
 local policies = {}
 
-local NAMES = {"dynamic", "static"}
-local NEEDS = {amax = true, norm = true}
+local NAMES = {
+  "apex", "apex_hysteresis", "auto", "deepspeed", "dynamic", "fairseq", "histogram", "keras", "logmax", "megatron",
+  "metaseq", "norm_halving", "search", "static",
+}
+local NEEDS = {amax = true, norm = true, histogram = true, per_param = true}
 
 -- A file policy may use this much for each call; a rule for a number needs far less.
 local MEMORY = 16 * 1024 * 1024
-local INSTRUCTIONS = 10 * 1000 * 1000
+local INSTRUCTIONS = 2 * 1000 * 1000
 
 --- The names of the policies that come with the library.
 ---@return string[]
@@ -52,7 +63,16 @@ local function needs_complaint(needs)
   if needs == nil then return end
   if type(needs) ~= "table" then return "needs must be an array of names" end
   for _, name in ipairs(needs) do
-    if not NEEDS[name] then return ("needs %s, which is not known; known: amax, norm"):format(describe(name)) end
+    if not NEEDS[name] then
+      return ("needs %s, which is not known; known: amax, norm, histogram, per_param"):format(describe(name))
+    end
+  end
+end
+
+--- nil if the bounds are numbers or left out, else what is wrong.
+local function bounds_complaint(policy)
+  for _, name in ipairs {"min_scale", "max_scale"} do
+    if policy[name] ~= nil and type(policy[name]) ~= "number" then return name .. " must be a number" end
   end
 end
 
@@ -78,15 +98,19 @@ end
 ---@class PolicyRunner
 ---@field name string
 ---@field kind "table"|"file"
+---@field policy table? the policy itself, of a table
 ---@field needs string[]
 ---@field options table? names and defaults of the policy's own options; nil: any
+---@field min_scale number? bounds of a scaler made with it
+---@field max_scale number?
 ---@field init fun(opts: table): table
 ---@field update fun(state: table, event: table, opts: table): number, string?, table  next scale, why to stop, state
 
 --- A runner for a policy table.
 local function from_table(policy)
   local name = policy.name or "custom"
-  local runner = {name = name, kind = "table", needs = policy.needs or {}, options = policy.options}
+  local runner = {name = name, kind = "table", policy = policy, needs = policy.needs or {}, options = policy.options}
+  runner.min_scale, runner.max_scale = policy.min_scale, policy.max_scale
   function runner.init(opts)
     local state = policy.init and policy.init(opts) or {}
     if type(state) ~= "table" then
@@ -124,10 +148,12 @@ local function from_file(path)
   if not box then return nil, located(path, message) end
   local fields = box:fields()
   local wrong = not fields.has_update and "the file must return a policy with an update function"
-    or needs_complaint(fields.needs)
+    or needs_complaint(fields.needs) or bounds_complaint(fields)
+    or (fields.options ~= nil and type(fields.options) ~= "table" and "options must be a table of names and defaults")
   if wrong then return nil, path .. ": " .. wrong end
   local name = fields.name or path:match("([^/]+)%.lua$") or path
   local runner = {name = name, kind = "file", path = path, mtime = time, needs = fields.needs or {}}
+  runner.options, runner.min_scale, runner.max_scale = fields.options, fields.min_scale, fields.max_scale
   function runner.init(opts)
     if not fields.has_init then return {} end
     local state, failure = box:init(opts)
@@ -160,7 +186,7 @@ function policies.resolve(where, policy)
     raise("%s: unknown policy '%s'%s\n  known: %s; a table or the path of a file will do too", where, policy,
       near and (", did you mean '%s'?"):format(near) or "", table.concat(NAMES, ", "))
   end
-  local wrong = complaint(policy) or needs_complaint(policy.needs)
+  local wrong = complaint(policy) or needs_complaint(policy.needs) or bounds_complaint(policy)
   if wrong then raise("%s: %s", where, wrong) end
   return from_table(policy)
 end

@@ -1,0 +1,558 @@
+---@meta
+
+-- meta_ops.lua -- the rows of the op table, described for editors.  Written by scripts/gen/emit_meta.lua from
+-- kernels/ops.def: do not edit.  Nothing loads this file.
+
+---@class Tensor
+---Sum, element by element.
+---@field add fun(self: Tensor, y: Tensor|number): Tensor
+---As add, in place.
+---@field add_ fun(self: Tensor, y: Tensor|number): Tensor
+---Difference, element by element.
+---@field sub fun(self: Tensor, y: Tensor|number): Tensor
+---As sub, in place.
+---@field sub_ fun(self: Tensor, y: Tensor|number): Tensor
+---Product, element by element.
+---@field mul fun(self: Tensor, y: Tensor|number): Tensor
+---As mul, in place.
+---@field mul_ fun(self: Tensor, y: Tensor|number): Tensor
+---True quotient; integers give float32.
+---@field div fun(self: Tensor, y: Tensor|number): Tensor
+---As div, in place.
+---@field div_ fun(self: Tensor, y: Tensor|number): Tensor
+---Quotient rounded towards minus infinity. Not differentiable.
+---@field floor_divide fun(self: Tensor, y: Tensor|number): Tensor
+---As floor_divide, in place.
+---@field floor_divide_ fun(self: Tensor, y: Tensor|number): Tensor
+---Remainder with the sign of the divisor, as Lua's % has it.
+---@field remainder fun(self: Tensor, y: Tensor|number): Tensor
+---As remainder, in place.
+---@field remainder_ fun(self: Tensor, y: Tensor|number): Tensor
+---x to the power y.
+---@field pow fun(self: Tensor, y: Tensor|number): Tensor
+---As pow, in place.
+---@field pow_ fun(self: Tensor, y: Tensor|number): Tensor
+---Minus x.
+---@field neg fun(self: Tensor): Tensor
+---As neg, in place.
+---@field neg_ fun(self: Tensor): Tensor
+---Absolute value; the derivative at 0 is 0.
+---@field abs fun(self: Tensor): Tensor
+---As abs, in place.
+---@field abs_ fun(self: Tensor): Tensor
+---1, 0 or -1 by the sign of x; NaN stays; the derivative is 0.
+---@field sign fun(self: Tensor): Tensor
+---As sign, in place.
+---@field sign_ fun(self: Tensor): Tensor
+---x times x.
+---@field square fun(self: Tensor): Tensor
+---As square, in place.
+---@field square_ fun(self: Tensor): Tensor
+---One over x.
+---@field reciprocal fun(self: Tensor): Tensor
+---As reciprocal, in place.
+---@field reciprocal_ fun(self: Tensor): Tensor
+---Largest integer not above x; the derivative is 0.
+---@field floor fun(self: Tensor): Tensor
+---As floor, in place.
+---@field floor_ fun(self: Tensor): Tensor
+---Smallest integer not below x; the derivative is 0.
+---@field ceil fun(self: Tensor): Tensor
+---As ceil, in place.
+---@field ceil_ fun(self: Tensor): Tensor
+---Nearest integer, halves to the even one; the derivative is 0.
+---@field round fun(self: Tensor): Tensor
+---As round, in place.
+---@field round_ fun(self: Tensor): Tensor
+---x without its fraction; the derivative is 0.
+---@field trunc fun(self: Tensor): Tensor
+---As trunc, in place.
+---@field trunc_ fun(self: Tensor): Tensor
+---Square root of x^2 + y^2, without overflow on the way.
+---@field hypot fun(self: Tensor, y: Tensor|number): Tensor
+---As hypot, in place.
+---@field hypot_ fun(self: Tensor, y: Tensor|number): Tensor
+---x + weight * (y - x): from x at 0 to y at 1.
+---@field lerp fun(self: Tensor, y: Tensor|number, weight: Tensor|number): Tensor
+---As lerp, in place.
+---@field lerp_ fun(self: Tensor, y: Tensor|number, weight: Tensor|number): Tensor
+---x + value * y * z.
+---@field addcmul fun(self: Tensor, y: Tensor|number, z: Tensor|number, value?: number): Tensor
+---As addcmul, in place.
+---@field addcmul_ fun(self: Tensor, y: Tensor|number, z: Tensor|number, value?: number): Tensor
+---x + value * y / z.
+---@field addcdiv fun(self: Tensor, y: Tensor|number, z: Tensor|number, value?: number): Tensor
+---As addcdiv, in place.
+---@field addcdiv_ fun(self: Tensor, y: Tensor|number, z: Tensor|number, value?: number): Tensor
+---The larger of the two; NaN if either is; ties share the gradient.
+---@field maximum fun(self: Tensor, y: Tensor|number): Tensor
+---As maximum, in place.
+---@field maximum_ fun(self: Tensor, y: Tensor|number): Tensor
+---The smaller of the two; NaN if either is; ties share the gradient.
+---@field minimum fun(self: Tensor, y: Tensor|number): Tensor
+---As minimum, in place.
+---@field minimum_ fun(self: Tensor, y: Tensor|number): Tensor
+---x limited to [min, max]; NaN stays.
+---@field clamp fun(self: Tensor, min?: number, max?: number): Tensor
+---As clamp, in place.
+---@field clamp_ fun(self: Tensor, min?: number, max?: number): Tensor
+---value where the mask holds, x elsewhere.
+---@field masked_fill fun(self: Tensor, mask: Tensor|number, value: Tensor|number): Tensor
+---As masked_fill, in place.
+---@field masked_fill_ fun(self: Tensor, mask: Tensor|number, value: Tensor|number): Tensor
+---e to the power x.
+---@field exp fun(self: Tensor): Tensor
+---As exp, in place.
+---@field exp_ fun(self: Tensor): Tensor
+---Natural logarithm.
+---@field log fun(self: Tensor): Tensor
+---As log, in place.
+---@field log_ fun(self: Tensor): Tensor
+---Logarithm to base 2.
+---@field log2 fun(self: Tensor): Tensor
+---As log2, in place.
+---@field log2_ fun(self: Tensor): Tensor
+---Logarithm to base 10.
+---@field log10 fun(self: Tensor): Tensor
+---As log10, in place.
+---@field log10_ fun(self: Tensor): Tensor
+---log(1 + x), exact for small x.
+---@field log1p fun(self: Tensor): Tensor
+---As log1p, in place.
+---@field log1p_ fun(self: Tensor): Tensor
+---e^x - 1, exact for small x.
+---@field expm1 fun(self: Tensor): Tensor
+---As expm1, in place.
+---@field expm1_ fun(self: Tensor): Tensor
+---Square root.
+---@field sqrt fun(self: Tensor): Tensor
+---As sqrt, in place.
+---@field sqrt_ fun(self: Tensor): Tensor
+---One over the square root.
+---@field rsqrt fun(self: Tensor): Tensor
+---As rsqrt, in place.
+---@field rsqrt_ fun(self: Tensor): Tensor
+---Sine of x in radians.
+---@field sin fun(self: Tensor): Tensor
+---As sin, in place.
+---@field sin_ fun(self: Tensor): Tensor
+---Cosine of x in radians.
+---@field cos fun(self: Tensor): Tensor
+---As cos, in place.
+---@field cos_ fun(self: Tensor): Tensor
+---Tangent of x in radians.
+---@field tan fun(self: Tensor): Tensor
+---As tan, in place.
+---@field tan_ fun(self: Tensor): Tensor
+---Inverse sine, in radians.
+---@field asin fun(self: Tensor): Tensor
+---As asin, in place.
+---@field asin_ fun(self: Tensor): Tensor
+---Inverse cosine, in radians.
+---@field acos fun(self: Tensor): Tensor
+---As acos, in place.
+---@field acos_ fun(self: Tensor): Tensor
+---Inverse tangent, in radians.
+---@field atan fun(self: Tensor): Tensor
+---As atan, in place.
+---@field atan_ fun(self: Tensor): Tensor
+---Angle of the point (y, x), in radians: x is the ordinate, as in C.
+---@field atan2 fun(self: Tensor, y: Tensor|number): Tensor
+---As atan2, in place.
+---@field atan2_ fun(self: Tensor, y: Tensor|number): Tensor
+---Hyperbolic sine.
+---@field sinh fun(self: Tensor): Tensor
+---As sinh, in place.
+---@field sinh_ fun(self: Tensor): Tensor
+---Hyperbolic cosine.
+---@field cosh fun(self: Tensor): Tensor
+---As cosh, in place.
+---@field cosh_ fun(self: Tensor): Tensor
+---Hyperbolic tangent.
+---@field tanh fun(self: Tensor): Tensor
+---As tanh, in place.
+---@field tanh_ fun(self: Tensor): Tensor
+---Error function.
+---@field erf fun(self: Tensor): Tensor
+---As erf, in place.
+---@field erf_ fun(self: Tensor): Tensor
+---1 / (1 + e^-x).
+---@field sigmoid fun(self: Tensor): Tensor
+---As sigmoid, in place.
+---@field sigmoid_ fun(self: Tensor): Tensor
+---x where positive, else 0; NaN stays NaN.
+---@field relu fun(self: Tensor): Tensor
+---As relu, in place.
+---@field relu_ fun(self: Tensor): Tensor
+---As gelu, in place.
+---@field gelu_ fun(self: Tensor): Tensor
+---Gaussian error linear unit by the tanh approximation, as x * sigmoid(2u).
+---@field gelu_tanh fun(self: Tensor): Tensor
+---As gelu_tanh, in place.
+---@field gelu_tanh_ fun(self: Tensor): Tensor
+---x times sigmoid(x).
+---@field silu fun(self: Tensor): Tensor
+---As silu, in place.
+---@field silu_ fun(self: Tensor): Tensor
+---log(1 + e^(beta x)) / beta; x itself past the threshold.
+---@field softplus fun(self: Tensor, beta?: number, threshold?: number): Tensor
+---As softplus, in place.
+---@field softplus_ fun(self: Tensor, beta?: number, threshold?: number): Tensor
+---x / (1 + |x|).
+---@field softsign fun(self: Tensor): Tensor
+---As softsign, in place.
+---@field softsign_ fun(self: Tensor): Tensor
+---Logarithm of sigmoid(x), without overflow.
+---@field logsigmoid fun(self: Tensor): Tensor
+---As logsigmoid, in place.
+---@field logsigmoid_ fun(self: Tensor): Tensor
+---x where positive, else x times a small slope.
+---@field leaky_relu fun(self: Tensor, negative_slope?: number): Tensor
+---As leaky_relu, in place.
+---@field leaky_relu_ fun(self: Tensor, negative_slope?: number): Tensor
+---x where positive, else alpha * (e^x - 1).
+---@field elu fun(self: Tensor, alpha?: number): Tensor
+---As elu, in place.
+---@field elu_ fun(self: Tensor, alpha?: number): Tensor
+---x limited to [min_val, max_val]; the derivative at the limits is 0.
+---@field hardtanh fun(self: Tensor, min_val?: number, max_val?: number): Tensor
+---As hardtanh, in place.
+---@field hardtanh_ fun(self: Tensor, min_val?: number, max_val?: number): Tensor
+---x times tanh(softplus(x)).
+---@field mish fun(self: Tensor): Tensor
+---As mish, in place.
+---@field mish_ fun(self: Tensor): Tensor
+---x equal to y.
+---@field eq fun(self: Tensor, y: Tensor|number): Tensor
+---x not equal to y.
+---@field ne fun(self: Tensor, y: Tensor|number): Tensor
+---x less than y.
+---@field lt fun(self: Tensor, y: Tensor|number): Tensor
+---x less than or equal to y.
+---@field le fun(self: Tensor, y: Tensor|number): Tensor
+---x greater than y.
+---@field gt fun(self: Tensor, y: Tensor|number): Tensor
+---x greater than or equal to y.
+---@field ge fun(self: Tensor, y: Tensor|number): Tensor
+---True where x is NaN.
+---@field isnan fun(self: Tensor): Tensor
+---True where x is plus or minus infinity.
+---@field isinf fun(self: Tensor): Tensor
+---True where x is neither infinite nor NaN.
+---@field isfinite fun(self: Tensor): Tensor
+---True where x is zero.
+---@field logical_not fun(self: Tensor): Tensor
+---True where both are nonzero.
+---@field logical_and fun(self: Tensor, y: Tensor|number): Tensor
+---True where either is nonzero.
+---@field logical_or fun(self: Tensor, y: Tensor|number): Tensor
+---True where exactly one is nonzero.
+---@field logical_xor fun(self: Tensor, y: Tensor|number): Tensor
+---Sum over dims (all when none is given); integers and bools give int64.
+---@field sum fun(self: Tensor, dim?: integer|integer[], keepdim?: boolean): Tensor
+---Mean over dims.
+---@field mean fun(self: Tensor, dim?: integer|integer[], keepdim?: boolean): Tensor
+---Largest value over dims; NaN if any is; ties share the gradient.
+---@field amax fun(self: Tensor, dim?: integer|integer[], keepdim?: boolean): Tensor
+---Smallest value over dims; NaN if any is; ties share the gradient.
+---@field amin fun(self: Tensor, dim?: integer|integer[], keepdim?: boolean): Tensor
+---0-based index of the largest value along a dim (of the flattened tensor when none is given).
+---@field argmax fun(self: Tensor, dim?: integer, keepdim?: boolean): Tensor
+---0-based index of the smallest value along a dim (of the flattened tensor when none is given).
+---@field argmin fun(self: Tensor, dim?: integer, keepdim?: boolean): Tensor
+---True where any element is nonzero.
+---@field any fun(self: Tensor, dim?: integer|integer[], keepdim?: boolean): Tensor
+---True where every element is nonzero.
+---@field all fun(self: Tensor, dim?: integer|integer[], keepdim?: boolean): Tensor
+---Product along a dim (of all elements when none is given); integers give int64.
+---@field prod fun(self: Tensor, dim?: integer, keepdim?: boolean): Tensor
+---Variance over dims: squared deviations from the mean, summed, divided by the count less `correction`.
+---@field var fun(self: Tensor, dim?: integer|integer[], correction?: number, keepdim?: boolean): Tensor
+---Standard deviation over dims: the square root of var.
+---@field std fun(self: Tensor, dim?: integer|integer[], correction?: number, keepdim?: boolean): Tensor
+---Logarithm of the sum of e^x over dims, without overflow.
+---@field logsumexp fun(self: Tensor, dim: integer|integer[], keepdim?: boolean): Tensor
+---Running sum along a dim; integers give int64.
+---@field cumsum fun(self: Tensor, dim: integer): Tensor
+---Running product along a dim; integers give int64.
+---@field cumprod fun(self: Tensor, dim: integer): Tensor
+---e^x divided by its sum along a dim.
+---@field softmax fun(self: Tensor, dim: integer): Tensor
+---Logarithm of softmax, without overflow.
+---@field log_softmax fun(self: Tensor, dim: integer): Tensor
+---Matrix product of the last two dims, the others broadcast; one-dimensional operands as in PyTorch.
+---@field matmul fun(self: Tensor, y: Tensor|number): Tensor
+---out[i][j] = x[index[i][j]][j] (dim 1): elements picked along a dim; index has x's number of dims.
+---@field gather fun(self: Tensor, dim: integer, index: Tensor): Tensor
+---Entries along a dim in the order of index [n].
+---@field index_select fun(self: Tensor, dim: integer, index: Tensor): Tensor
+---x with the entries of src along a dim added at index [n].
+---@field index_add fun(self: Tensor, dim: integer, index: Tensor, src: Tensor|number): Tensor
+---x with src (a tensor or a number) written at index along a dim; of several, the last stays.
+---@field scatter fun(self: Tensor, dim: integer, index: Tensor, src: Tensor|number): Tensor
+---x with src added at index along a dim.
+---@field scatter_add fun(self: Tensor, dim: integer, index: Tensor, src: Tensor|number): Tensor
+---Values in order along a dim, and where they stood; equal ones keep their order, NaN counts as largest.
+---@field sort fun(self: Tensor, dim?: integer, descending?: boolean): Tensor, Tensor
+---The k largest (or smallest) values along a dim, in order, and where they stood; of equal ones the first come first,
+---NaN counts as largest.
+---@field topk fun(self: Tensor, k: integer, dim?: integer, largest?: boolean): Tensor, Tensor
+---Dims in reverse order.
+---@field flip fun(self: Tensor, dims: integer|integer[]): Tensor
+---The lower triangle of matrices (last two dims), zeros elsewhere; diagonal > 0 keeps more.
+---@field tril fun(self: Tensor, diagonal?: integer): Tensor
+---The upper triangle of matrices (last two dims), zeros elsewhere; diagonal > 0 keeps less.
+---@field triu fun(self: Tensor, diagonal?: integer): Tensor
+---x with entries added around: pad {left, right} of the last dim, then of the one before, ...; negative ones cut
+---(constant mode).
+---@field pad fun(self: Tensor, pad: integer|integer[], mode?: "constant"|"reflect"|"replicate"|"circular", value?: number): Tensor
+---Copies src into x, broadcast and converted; the one op that crosses devices.
+---@field copy_ fun(self: Tensor, src: Tensor|number): Tensor
+---Sets every element to a number.
+---@field fill_ fun(self: Tensor, value: Tensor|number): Tensor
+---Fills x with uniform numbers in [low, high).
+---@field uniform_ fun(self: Tensor, low?: number, high?: number): Tensor
+---Fills x with normal numbers (Box and Muller).
+---@field normal_ fun(self: Tensor, mean?: number, std?: number): Tensor
+---Fills x with integers in [low, high).
+---@field random_ fun(self: Tensor, low: integer, high: integer): Tensor
+---Fills x with 1 (with probability p) and 0.
+---@field bernoulli_ fun(self: Tensor, p?: number): Tensor
+---The same elements in another shape; refuses where strides forbid it.
+---@field view fun(self: Tensor, shape: integer[]): Tensor
+---The same elements in another shape; copies when it must. -1 stands for the rest.
+---@field reshape fun(self: Tensor, shape: integer[]): Tensor
+---Joins the dims from start_dim to end_dim.
+---@field flatten fun(self: Tensor, start_dim?: integer, end_dim?: integer): Tensor
+---Dims in another order.
+---@field permute fun(self: Tensor, dims: integer|integer[]): Tensor
+---Two dims exchanged.
+---@field transpose fun(self: Tensor, dim0: integer, dim1: integer): Tensor
+---Transpose of a matrix (vectors stay).
+---@field t fun(self: Tensor): Tensor
+---Without dims of size 1 (all of them, or those named).
+---@field squeeze fun(self: Tensor, dim?: integer|integer[]): Tensor
+---With a new dim of size 1.
+---@field unsqueeze fun(self: Tensor, dim: integer): Tensor
+---Dims of size 1 repeated without copying; -1 keeps a size.
+---@field expand fun(self: Tensor, shape: integer[]): Tensor
+---The same memory, outside the graph.
+---@field detach fun(self: Tensor): Tensor
+
+---@class halfmoon
+---Sum, element by element.
+---@field add fun(x: Tensor|number, y: Tensor|number): Tensor
+---Difference, element by element.
+---@field sub fun(x: Tensor|number, y: Tensor|number): Tensor
+---Product, element by element.
+---@field mul fun(x: Tensor|number, y: Tensor|number): Tensor
+---True quotient; integers give float32.
+---@field div fun(x: Tensor|number, y: Tensor|number): Tensor
+---Quotient rounded towards minus infinity. Not differentiable.
+---@field floor_divide fun(x: Tensor|number, y: Tensor|number): Tensor
+---Remainder with the sign of the divisor, as Lua's % has it.
+---@field remainder fun(x: Tensor|number, y: Tensor|number): Tensor
+---x to the power y.
+---@field pow fun(x: Tensor|number, y: Tensor|number): Tensor
+---Minus x.
+---@field neg fun(x: Tensor|number): Tensor
+---Absolute value; the derivative at 0 is 0.
+---@field abs fun(x: Tensor|number): Tensor
+---1, 0 or -1 by the sign of x; NaN stays; the derivative is 0.
+---@field sign fun(x: Tensor|number): Tensor
+---x times x.
+---@field square fun(x: Tensor|number): Tensor
+---One over x.
+---@field reciprocal fun(x: Tensor|number): Tensor
+---Largest integer not above x; the derivative is 0.
+---@field floor fun(x: Tensor|number): Tensor
+---Smallest integer not below x; the derivative is 0.
+---@field ceil fun(x: Tensor|number): Tensor
+---Nearest integer, halves to the even one; the derivative is 0.
+---@field round fun(x: Tensor|number): Tensor
+---x without its fraction; the derivative is 0.
+---@field trunc fun(x: Tensor|number): Tensor
+---Square root of x^2 + y^2, without overflow on the way.
+---@field hypot fun(x: Tensor|number, y: Tensor|number): Tensor
+---x + weight * (y - x): from x at 0 to y at 1.
+---@field lerp fun(x: Tensor|number, y: Tensor|number, weight: Tensor|number): Tensor
+---x + value * y * z.
+---@field addcmul fun(x: Tensor|number, y: Tensor|number, z: Tensor|number, value?: number): Tensor
+---x + value * y / z.
+---@field addcdiv fun(x: Tensor|number, y: Tensor|number, z: Tensor|number, value?: number): Tensor
+---The larger of the two; NaN if either is; ties share the gradient.
+---@field maximum fun(x: Tensor|number, y: Tensor|number): Tensor
+---The smaller of the two; NaN if either is; ties share the gradient.
+---@field minimum fun(x: Tensor|number, y: Tensor|number): Tensor
+---x limited to [min, max]; NaN stays.
+---@field clamp fun(x: Tensor|number, min?: number, max?: number): Tensor
+---x where the condition holds, y elsewhere.
+---@field where fun(condition: Tensor|number, x: Tensor|number, y: Tensor|number): Tensor
+---value where the mask holds, x elsewhere.
+---@field masked_fill fun(x: Tensor|number, mask: Tensor|number, value: Tensor|number): Tensor
+---e to the power x.
+---@field exp fun(x: Tensor|number): Tensor
+---Natural logarithm.
+---@field log fun(x: Tensor|number): Tensor
+---Logarithm to base 2.
+---@field log2 fun(x: Tensor|number): Tensor
+---Logarithm to base 10.
+---@field log10 fun(x: Tensor|number): Tensor
+---log(1 + x), exact for small x.
+---@field log1p fun(x: Tensor|number): Tensor
+---e^x - 1, exact for small x.
+---@field expm1 fun(x: Tensor|number): Tensor
+---Square root.
+---@field sqrt fun(x: Tensor|number): Tensor
+---One over the square root.
+---@field rsqrt fun(x: Tensor|number): Tensor
+---Sine of x in radians.
+---@field sin fun(x: Tensor|number): Tensor
+---Cosine of x in radians.
+---@field cos fun(x: Tensor|number): Tensor
+---Tangent of x in radians.
+---@field tan fun(x: Tensor|number): Tensor
+---Inverse sine, in radians.
+---@field asin fun(x: Tensor|number): Tensor
+---Inverse cosine, in radians.
+---@field acos fun(x: Tensor|number): Tensor
+---Inverse tangent, in radians.
+---@field atan fun(x: Tensor|number): Tensor
+---Angle of the point (y, x), in radians: x is the ordinate, as in C.
+---@field atan2 fun(x: Tensor|number, y: Tensor|number): Tensor
+---Hyperbolic sine.
+---@field sinh fun(x: Tensor|number): Tensor
+---Hyperbolic cosine.
+---@field cosh fun(x: Tensor|number): Tensor
+---Hyperbolic tangent.
+---@field tanh fun(x: Tensor|number): Tensor
+---Error function.
+---@field erf fun(x: Tensor|number): Tensor
+---1 / (1 + e^-x).
+---@field sigmoid fun(x: Tensor|number): Tensor
+---x where positive, else 0; NaN stays NaN.
+---@field relu fun(x: Tensor|number): Tensor
+---Gaussian error linear unit, exact form: x times the normal distribution function of x.
+---@field gelu fun(x: Tensor|number): Tensor
+---Gaussian error linear unit by the tanh approximation, as x * sigmoid(2u).
+---@field gelu_tanh fun(x: Tensor|number): Tensor
+---x times sigmoid(x).
+---@field silu fun(x: Tensor|number): Tensor
+---log(1 + e^(beta x)) / beta; x itself past the threshold.
+---@field softplus fun(x: Tensor|number, beta?: number, threshold?: number): Tensor
+---x / (1 + |x|).
+---@field softsign fun(x: Tensor|number): Tensor
+---Logarithm of sigmoid(x), without overflow.
+---@field logsigmoid fun(x: Tensor|number): Tensor
+---x where positive, else x times a small slope.
+---@field leaky_relu fun(x: Tensor|number, negative_slope?: number): Tensor
+---x where positive, else alpha * (e^x - 1).
+---@field elu fun(x: Tensor|number, alpha?: number): Tensor
+---x limited to [min_val, max_val]; the derivative at the limits is 0.
+---@field hardtanh fun(x: Tensor|number, min_val?: number, max_val?: number): Tensor
+---x times tanh(softplus(x)).
+---@field mish fun(x: Tensor|number): Tensor
+---x equal to y.
+---@field eq fun(x: Tensor|number, y: Tensor|number): Tensor
+---x not equal to y.
+---@field ne fun(x: Tensor|number, y: Tensor|number): Tensor
+---x less than y.
+---@field lt fun(x: Tensor|number, y: Tensor|number): Tensor
+---x less than or equal to y.
+---@field le fun(x: Tensor|number, y: Tensor|number): Tensor
+---x greater than y.
+---@field gt fun(x: Tensor|number, y: Tensor|number): Tensor
+---x greater than or equal to y.
+---@field ge fun(x: Tensor|number, y: Tensor|number): Tensor
+---True where x is NaN.
+---@field isnan fun(x: Tensor|number): Tensor
+---True where x is plus or minus infinity.
+---@field isinf fun(x: Tensor|number): Tensor
+---True where x is neither infinite nor NaN.
+---@field isfinite fun(x: Tensor|number): Tensor
+---True where x is zero.
+---@field logical_not fun(x: Tensor|number): Tensor
+---True where both are nonzero.
+---@field logical_and fun(x: Tensor|number, y: Tensor|number): Tensor
+---True where either is nonzero.
+---@field logical_or fun(x: Tensor|number, y: Tensor|number): Tensor
+---True where exactly one is nonzero.
+---@field logical_xor fun(x: Tensor|number, y: Tensor|number): Tensor
+---Sum over dims (all when none is given); integers and bools give int64.
+---@field sum fun(x: Tensor|number, dim?: integer|integer[], keepdim?: boolean): Tensor
+---Mean over dims.
+---@field mean fun(x: Tensor|number, dim?: integer|integer[], keepdim?: boolean): Tensor
+---Largest value over dims; NaN if any is; ties share the gradient.
+---@field amax fun(x: Tensor|number, dim?: integer|integer[], keepdim?: boolean): Tensor
+---Smallest value over dims; NaN if any is; ties share the gradient.
+---@field amin fun(x: Tensor|number, dim?: integer|integer[], keepdim?: boolean): Tensor
+---0-based index of the largest value along a dim (of the flattened tensor when none is given).
+---@field argmax fun(x: Tensor|number, dim?: integer, keepdim?: boolean): Tensor
+---0-based index of the smallest value along a dim (of the flattened tensor when none is given).
+---@field argmin fun(x: Tensor|number, dim?: integer, keepdim?: boolean): Tensor
+---True where any element is nonzero.
+---@field any fun(x: Tensor|number, dim?: integer|integer[], keepdim?: boolean): Tensor
+---True where every element is nonzero.
+---@field all fun(x: Tensor|number, dim?: integer|integer[], keepdim?: boolean): Tensor
+---Product along a dim (of all elements when none is given); integers give int64.
+---@field prod fun(x: Tensor|number, dim?: integer, keepdim?: boolean): Tensor
+---Variance over dims: squared deviations from the mean, summed, divided by the count less `correction`.
+---@field var fun(x: Tensor|number, dim?: integer|integer[], correction?: number, keepdim?: boolean): Tensor
+---Standard deviation over dims: the square root of var.
+---@field std fun(x: Tensor|number, dim?: integer|integer[], correction?: number, keepdim?: boolean): Tensor
+---Logarithm of the sum of e^x over dims, without overflow.
+---@field logsumexp fun(x: Tensor|number, dim: integer|integer[], keepdim?: boolean): Tensor
+---Running sum along a dim; integers give int64.
+---@field cumsum fun(x: Tensor|number, dim: integer): Tensor
+---Running product along a dim; integers give int64.
+---@field cumprod fun(x: Tensor|number, dim: integer): Tensor
+---e^x divided by its sum along a dim.
+---@field softmax fun(x: Tensor|number, dim: integer): Tensor
+---Logarithm of softmax, without overflow.
+---@field log_softmax fun(x: Tensor|number, dim: integer): Tensor
+---Matrix product of the last two dims, the others broadcast; one-dimensional operands as in PyTorch.
+---@field matmul fun(x: Tensor|number, y: Tensor|number): Tensor
+---out[i][j] = x[index[i][j]][j] (dim 1): elements picked along a dim; index has x's number of dims.
+---@field gather fun(x: Tensor|number, dim: integer, index: Tensor): Tensor
+---Entries along a dim in the order of index [n].
+---@field index_select fun(x: Tensor|number, dim: integer, index: Tensor): Tensor
+---x with the entries of src along a dim added at index [n].
+---@field index_add fun(x: Tensor|number, dim: integer, index: Tensor, src: Tensor|number): Tensor
+---x with src (a tensor or a number) written at index along a dim; of several, the last stays.
+---@field scatter fun(x: Tensor|number, dim: integer, index: Tensor, src: Tensor|number): Tensor
+---x with src added at index along a dim.
+---@field scatter_add fun(x: Tensor|number, dim: integer, index: Tensor, src: Tensor|number): Tensor
+---Values in order along a dim, and where they stood; equal ones keep their order, NaN counts as largest.
+---@field sort fun(x: Tensor|number, dim?: integer, descending?: boolean): Tensor, Tensor
+---The k largest (or smallest) values along a dim, in order, and where they stood; of equal ones the first come first,
+---NaN counts as largest.
+---@field topk fun(x: Tensor|number, k: integer, dim?: integer, largest?: boolean): Tensor, Tensor
+---Dims in reverse order.
+---@field flip fun(x: Tensor|number, dims: integer|integer[]): Tensor
+---The lower triangle of matrices (last two dims), zeros elsewhere; diagonal > 0 keeps more.
+---@field tril fun(x: Tensor|number, diagonal?: integer): Tensor
+---The upper triangle of matrices (last two dims), zeros elsewhere; diagonal > 0 keeps less.
+---@field triu fun(x: Tensor|number, diagonal?: integer): Tensor
+---x with entries added around: pad {left, right} of the last dim, then of the one before, ...; negative ones cut
+---(constant mode).
+---@field pad fun(x: Tensor|number, pad: integer|integer[], mode?: "constant"|"reflect"|"replicate"|"circular", value?: number): Tensor
+---The same elements in another shape; refuses where strides forbid it.
+---@field view fun(x: Tensor|number, shape: integer[]): Tensor
+---The same elements in another shape; copies when it must. -1 stands for the rest.
+---@field reshape fun(x: Tensor|number, shape: integer[]): Tensor
+---Joins the dims from start_dim to end_dim.
+---@field flatten fun(x: Tensor|number, start_dim?: integer, end_dim?: integer): Tensor
+---Dims in another order.
+---@field permute fun(x: Tensor|number, dims: integer|integer[]): Tensor
+---Two dims exchanged.
+---@field transpose fun(x: Tensor|number, dim0: integer, dim1: integer): Tensor
+---Transpose of a matrix (vectors stay).
+---@field t fun(x: Tensor|number): Tensor
+---Without dims of size 1 (all of them, or those named).
+---@field squeeze fun(x: Tensor|number, dim?: integer|integer[]): Tensor
+---With a new dim of size 1.
+---@field unsqueeze fun(x: Tensor|number, dim: integer): Tensor
+---Dims of size 1 repeated without copying; -1 keeps a size.
+---@field expand fun(x: Tensor|number, shape: integer[]): Tensor
+---The same memory, outside the graph.
+---@field detach fun(x: Tensor|number): Tensor

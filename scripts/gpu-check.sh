@@ -1,0 +1,375 @@
+#!/bin/sh
+# gpu-check.sh -- one command for a machine with a GPU: builds, runs every spec on the device, compute-sanitizer on a part of them and the
+# benchmark, and writes a report.
+#
+#   scripts/gpu-check.sh [--report FILE] [--limit SECONDS] [STEP...]
+#
+#   STEP      build, specs, sanitizer, bench, cost; default: all of them, in this order
+#   --report  default: build/gpu-check.txt
+#   --limit   the longest a command may take; default 1800
+#
+# Needs gcc, g++, make and nvcc (CUDA=/path says where the toolkit is), and no network.  Lua, oneDNN, jansson, zlib, libedit, busted and
+# the data set come from the file that `make bundle` made on another machine, where this one lacks them: unpacked (this script lies in
+# it), as build/halfmoon-bundle.tar.gz, or where HALFMOON_BUNDLE says.  PYTHON names a Python with torch to compare with.
+#
+# HALFMOON_CUDA=emu scripts/gpu-check.sh runs the same steps on the test double (kernels/emu), without nvcc.  That shows that this script
+# works, and nothing about a GPU; the report says so.  Ends with `N passed, N failed`; what was not run, and why, stands above it.
+# shellcheck disable=SC2317 # functions are called through step
+set -u
+
+cd "$(dirname "$0")/.." || exit 1
+root=$PWD
+BUILD=${BUILD:-build}
+report=
+limit=1800
+steps=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --report) report=${2:?--report needs a file} && shift ;;
+    --limit) limit=${2:?--limit needs seconds} && shift ;;
+    build | specs | sanitizer | bench | cost) steps="$steps $1" ;;
+    *)
+      sed -n '2,18s/^# \{0,1\}//p' "$0"
+      exit 2
+      ;;
+  esac
+  shift
+done
+steps=${steps:-build specs sanitizer bench cost}
+report=${report:-$BUILD/gpu-check.txt}
+JOBS=${JOBS:-$(nproc 2>/dev/null || echo 2)}
+mkdir -p "$BUILD" "$(dirname "$report")" || exit 1
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+passed=0
+failed=0
+not_run=0
+emulated=
+if [ "${HALFMOON_CUDA:-}" = emu ]; then emulated=yes; fi
+export HALFMOON_HISTORY=
+: >"$report"
+
+# ====== The report ======
+
+say() { printf '%s\n' "$*" | tee -a "$report"; }
+title() { say "" && say "== $*"; }
+pass() {
+  say "  ✓ $*"
+  passed=$((passed + 1))
+}
+fail() {
+  say "  ✗ $*"
+  failed=$((failed + 1))
+}
+# skip WHAT WHY
+skip() {
+  say "  - NOT RUN: $1: $2"
+  printf '  - %s: %s\n' "$1" "$2" >>"$scratch/skipped"
+  not_run=$((not_run + 1))
+}
+
+notice() {
+  if [ -n "$emulated" ]; then
+    say "THIS IS NO GPU RUN: it ran on the test double (kernels/emu).  It shows that the script works, and nothing about a GPU."
+  fi
+}
+
+# timed COMMAND...: runs it within the limit, output to $scratch/log; sets status and seconds.
+timed() {
+  started=$(date +%s)
+  timeout -k 20 "$limit" "$@" >"$scratch/log" 2>&1 </dev/null
+  status=$?
+  seconds=$(($(date +%s) - started))
+  if [ "$status" = 124 ] || [ "$status" = 137 ]; then echo "stopped after $limit s, the limit" >>"$scratch/log"; fi
+}
+
+# log_tail LINES: what the last command said, indented.
+log_tail() { tail -n "$1" "$scratch/log" | sed 's/^/      /' | tee -a "$report"; }
+
+# check WHAT COMMAND...: one check.
+check() {
+  what=$1
+  shift
+  timed "$@"
+  if [ "$status" = 0 ]; then
+    pass "$what ($seconds s)"
+  else
+    fail "$what: exit status $status ($seconds s)"
+    log_tail 40
+    return 1
+  fi
+}
+
+# specs WHAT PREFIX OPTIONS...: one run of busted; PREFIX is a command to run it under, in words.
+specs() {
+  what=$1
+  prefix=$2
+  shift 2
+  rm -f "$scratch/counts" "$scratch/counts.now"
+  # shellcheck disable=SC2086 # the prefix is words
+  timed env HALFMOON_COUNTS="$scratch/counts" HALFMOON_PROGRAM="$program" $prefix "$program" spec/run.lua "$@"
+  ok=0
+  bad=0
+  left=0
+  if [ -s "$scratch/counts" ]; then read -r ok bad left <"$scratch/counts"; fi
+  if [ "$bad" = 0 ] && { [ "$status" != 0 ] || [ "$ok" = 0 ]; }; then bad=1; fi
+  passed=$((passed + ok))
+  failed=$((failed + bad))
+  say "  $(if [ "$bad" = 0 ]; then echo ✓; else echo ✗; fi) $what: $ok passed, $bad failed, ${left:-0} skipped, $seconds s"
+  if [ "$bad" = 0 ]; then
+    grep -E '^ +[0-9]+ skipped|slowest' "$scratch/log" | sed 's/^/    /' | tee -a "$report"
+    return 0
+  fi
+  [ -s "$scratch/counts" ] || say "      ended without a result, exit status $status, in: $(cat "$scratch/counts.now" 2>/dev/null)"
+  say "      command: HALFMOON_CUDA=${HALFMOON_CUDA:-} $prefix $program spec/run.lua $*"
+  grep -v '✓' "$scratch/log" >"$scratch/short"
+  mv "$scratch/short" "$scratch/log"
+  log_tail 200
+}
+
+# ====== What the machine has, and what the bundle must give ======
+
+# links HEADER FLAG: can the compiler use this library?
+links() { printf '#include <stdio.h>\n#include <%s>\nint main(void) { return 0; }\n' "$1" | gcc -x c - -o /dev/null "$2" >/dev/null 2>&1; }
+
+has() {
+  case $1 in
+    lua) command -v lua5.4 && "${PKG_CONFIG:-pkg-config}" --exists lua5.4 ;;
+    dnnl) links dnnl.h -ldnnl ;;
+    jansson) links jansson.h -ljansson ;;
+    zlib) links zlib.h -lz ;;
+    libedit) links editline/readline.h -ledit ;;
+    busted) lua5.4 -e 'require "busted"' ;;
+    data) [ -f "${HALFMOON_DATA:-/usr/share/datasets/fashion-mnist}/train-images-idx3-ubyte.gz" ] ;;
+  esac >/dev/null 2>&1
+}
+
+# take PART: uses what the bundle carries.
+take() {
+  place=$bundle/$1
+  case $1 in
+    lua)
+      PATH=$place/bin:$PATH
+      PKG_CONFIG=$bundle/bin/pkg-config
+      export PATH PKG_CONFIG
+      ;;
+    busted)
+      LUA_PATH="$place/share/?.lua;$place/share/?/init.lua;${LUA_PATH:-;}"
+      LUA_CPATH="$place/lib/?.so;${LUA_CPATH:-;}"
+      export LUA_PATH LUA_CPATH
+      ;;
+    data)
+      HALFMOON_DATA=$place
+      export HALFMOON_DATA
+      ;;
+    *)
+      CPATH=$place/include${CPATH:+:$CPATH}
+      LIBRARY_PATH=$place/lib${LIBRARY_PATH:+:$LIBRARY_PATH}
+      LD_LIBRARY_PATH=$place/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+      export CPATH LIBRARY_PATH LD_LIBRARY_PATH
+      ;;
+  esac
+}
+
+find_bundle() {
+  for place in "${HALFMOON_BUNDLE:-}" "$root/../carried" "$root/$BUILD/halfmoon-bundle/carried"; do
+    if [ -n "$place" ] && [ -d "$place/lua" ]; then bundle=$(cd "$place" && pwd) && return; fi
+  done
+  if [ -f "$BUILD/halfmoon-bundle.tar.gz" ]; then
+    tar -xzf "$BUILD/halfmoon-bundle.tar.gz" -C "$BUILD" && bundle=$root/$BUILD/halfmoon-bundle/carried && return
+  fi
+  return 1
+}
+
+dependencies() {
+  here=
+  from_bundle=
+  missing=
+  bundle=
+  for part in lua dnnl jansson zlib libedit busted data; do
+    if has $part; then
+      here="$here $part"
+    elif { [ -n "$bundle" ] || find_bundle; } && [ -d "$bundle/$part" ] && take $part && has $part; then
+      from_bundle="$from_bundle $part"
+    else
+      missing="$missing $part"
+    fi
+  done
+  say "  this machine has:${here:- none};  from the bundle:${from_bundle:- none};  missing:${missing:- none}"
+  [ -z "$bundle" ] || say "  bundle: $bundle"
+  case " $missing " in *" data "*) skip "specs and examples that train on the data set" "it is not here (HALFMOON_DATA=folder)" ;; esac
+  for part in $missing; do
+    if [ "$part" != data ]; then
+      fail "without $part nothing can be built or run: \`make bundle\` on a machine that has it, then carry build/halfmoon-bundle.tar.gz here"
+      return 1
+    fi
+  done
+}
+
+find_toolkit() {
+  for place in "${CUDA:-}" "$(dirname "$(dirname "$(command -v nvcc 2>/dev/null || echo /none/none/none)")")" /usr/local/cuda /opt/cuda; do
+    if [ -n "$place" ] && [ -x "$place/bin/nvcc" ]; then toolkit=$place && return; fi
+  done
+  return 1
+}
+
+machine() {
+  title "Machine"
+  say "  date       $(date -u '+%Y-%m-%d %H:%M UTC')"
+  say "  system     $(uname -srm); $(sed -n 's/^PRETTY_NAME="\(.*\)"/\1/p' /etc/os-release 2>/dev/null)"
+  say "  processor  $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(nproc) threads, $(sed -n 's/^MemTotal: *//p' /proc/meminfo)"
+  say "  compiler   $(gcc --version | head -n 1); $(ldd --version 2>&1 | head -n 1)"
+  say "  sources    $(cat VERSION.txt 2>/dev/null || git log -1 --format='commit %H' 2>/dev/null || echo unknown)"
+  toolkit=
+  if find_toolkit; then say "  nvcc       $toolkit: $("$toolkit/bin/nvcc" --version | tail -n 2 | head -n 1)"; else say "  nvcc       none"; fi
+  if command -v nvidia-smi >/dev/null 2>&1; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap,clocks.sm,clocks.mem --format=csv,noheader 2>&1 | sed 's/^/  GPU        /' | tee -a "$report"
+  else
+    say "  GPU        no nvidia-smi here"
+  fi
+  python=
+  for candidate in "${PYTHON:-}" python3 /usr/bin/python3; do
+    if [ -n "$candidate" ] && "$candidate" -c 'import torch' >/dev/null 2>&1; then
+      python=$candidate
+      say "  PyTorch    $("$python" -c 'import torch; print(torch.__version__, "CUDA", torch.version.cuda, "available:", torch.cuda.is_available())' 2>/dev/null)"
+      break
+    fi
+  done
+  [ -n "$python" ] || say "  PyTorch    none"
+  dependencies
+}
+
+# ====== Steps ======
+
+step_build() {
+  title "Build"
+  check "program and library" make -j"$JOBS" CUDA=0 BUILD="$BUILD" base || return 1
+  check "test double" make -j"$JOBS" CUDA=0 BUILD="$BUILD" cuda-emu || return 1
+  if [ -n "$emulated" ]; then
+    skip "the plug-in by nvcc" "this run is on the test double"
+    return 0
+  fi
+  if [ -z "$toolkit" ] && [ -f "$BUILD/halfmoon-cuda.so" ]; then
+    skip "the plug-in by nvcc" "there is no nvcc (CUDA=/path); $BUILD/halfmoon-cuda.so is used as it is"
+    return 0
+  fi
+  if [ -z "$toolkit" ]; then
+    fail "there is no nvcc: CUDA=/path says where the toolkit is"
+    return 1
+  fi
+  check "plug-in by nvcc" make -j"$JOBS" CUDA="$toolkit" BUILD="$BUILD" cuda || return 1
+  say "      $(wc -c <"$BUILD/halfmoon-cuda.so") bytes"
+  if check "registers and spills of the kernels" make -j"$JOBS" CUDA="$toolkit" BUILD="$BUILD" cuda-report; then log_tail 1; fi
+}
+
+# A device must answer before anything runs on it.
+device_answers() {
+  title "Device"
+  timed "$program" -e 'local ok, why = hm.cuda.is_available()
+    if not ok then print(why) os.exit(1) end
+    local p, keys = hm.cuda.properties(), {}
+    for name in pairs(p) do keys[#keys + 1] = name end
+    table.sort(keys)
+    for _, name in ipairs(keys) do print(("%-24s %s"):format(name, p[name])) end
+    local x = hm.ones({1000}, {device = "cuda"})
+    assert((x + x):sum():item() == 2000)'
+  log_tail 20
+  if [ "$status" = 0 ]; then pass "a device answers"; else fail "no device answers"; fi
+  return "$status"
+}
+
+step_specs() {
+  title "Specs on the device"
+  specs "the whole suite, default device cuda" "" --device=cuda
+  specs "parity with the CPU, each op waited for" "env HALFMOON_CUDA_SYNC=1" spec/cuda_parity_spec.lua
+  specs "the device" "" spec/cuda_spec.lua
+}
+
+step_sanitizer() {
+  title "compute-sanitizer"
+  if [ -n "$emulated" ]; then
+    skip "compute-sanitizer" "it needs a GPU; the test double's own checks are make test-emu-full"
+    return
+  fi
+  tool=$(command -v compute-sanitizer || echo "$toolkit/bin/compute-sanitizer")
+  if [ ! -x "$tool" ]; then
+    skip "compute-sanitizer" "the program is not on the PATH and not in $toolkit/bin"
+    return
+  fi
+  options="--error-exitcode 9 --print-limit 20"
+  # Memory: every op in one half type and in float32.  Races and barriers: the kernels with shared memory.
+  specs "memcheck: every op in float16" "$tool --tool memcheck $options" --filter=': float16' spec/cuda_parity_spec.lua
+  specs "memcheck: every op in float32" "$tool --tool memcheck $options" --filter=': float32' spec/cuda_parity_spec.lua
+  set --
+  for pattern in ' sum: float' ' mean: float' ' max: float' ' argmax: float' softmax cross_entropy norm pool conv2d; do
+    set -- "$@" "--filter=$pattern"
+  done
+  for name in racecheck synccheck; do
+    specs "$name: the kernels with shared memory" "$tool --tool $name $options" "$@" spec/cuda_parity_spec.lua
+  done
+  specs "memcheck: training, scaler, optimizers" "$tool --tool memcheck $options" --filter='train' spec/cuda_spec.lua
+}
+
+step_bench() {
+  title "Benchmark${emulated:+ (on the test double: the times mean nothing)}"
+  timed "$program" scripts/bench/gpu.lua ${emulated:+--quick}
+  log_tail 40
+  if [ "$status" = 0 ]; then pass "benchmark ($seconds s)"; else fail "benchmark: exit status $status"; fi
+  if [ -z "$python" ]; then
+    skip "PyTorch's times" "no Python with torch here"
+  elif [ -n "$emulated" ]; then
+    skip "PyTorch's times" "this run is on the test double"
+  elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1; then
+    skip "PyTorch's times" "its torch sees no GPU"
+  else
+    timed "$python" scripts/bench/gpu_peer.py
+    log_tail 40
+    if [ "$status" = 0 ]; then pass "PyTorch's times ($seconds s)"; else fail "PyTorch's times: exit status $status"; fi
+  fi
+}
+
+step_cost() {
+  title "Cost model (counts on the test double)"
+  for workload in cnn mlp; do
+    timed env HALFMOON_CUDA=emu "$program" scripts/gpu_cost.lua --workload "$workload"
+    log_tail 60
+    if [ "$status" = 0 ]; then pass "cost model, $workload"; else fail "cost model, $workload: exit status $status"; fi
+  done
+}
+
+finish() {
+  title "Result"
+  notice
+  if [ -s "$scratch/skipped" ]; then
+    say "not run:"
+    tee -a "$report" <"$scratch/skipped"
+  fi
+  say "report: $report"
+  say "$passed passed, $failed failed, $not_run skipped"
+  [ "$failed" = 0 ]
+  exit
+}
+
+program=$BUILD/halfmoon
+say "Halfmoon on a GPU: build, specs, sanitizer, benchmark"
+notice
+machine || finish
+if [ -n "$emulated" ]; then
+  HALFMOON_CUDA=emu
+else
+  case $BUILD in /*) HALFMOON_CUDA=$BUILD/halfmoon-cuda.so ;; *) HALFMOON_CUDA=$root/$BUILD/halfmoon-cuda.so ;; esac
+fi
+ready=
+for name in $steps; do
+  if [ "$name" = build ]; then
+    step_build || finish
+    continue
+  fi
+  export HALFMOON_CUDA
+  if [ -z "$ready" ]; then
+    device_answers || finish
+    ready=yes
+  fi
+  "step_$name"
+done
+finish

@@ -1,0 +1,42 @@
+-- golden.lua -- values that PyTorch gave, and the tensors they were made of.
+
+local assert = require "luassert"
+local hm = require "halfmoon"
+local numbers = require "spec.support.numbers"
+
+local M = {}
+
+--- A float64 tensor of sines: element i (from 1) is sin(i * 12.9898 + seed * 78.233).
+---@param shape integer[]
+---@param seed number
+---@param dtype string?
+---@return Tensor
+function M.filled(shape, seed, dtype)
+  local n = 1
+  for _, s in ipairs(shape) do n = n * s end
+  local list = {}
+  for i = 1, n do list[i] = math.sin(i * 12.9898 + seed * 78.233) end
+  if n == 0 then return hm.zeros(shape, {dtype = dtype or "f64"}) end
+  return hm.tensor(list, {dtype = dtype or "f64"}):view(shape)
+end
+
+--- Ids as int64.
+---@param list table
+---@return Tensor
+function M.ids(list) return hm.tensor(list, {dtype = "i64"}) end
+
+--- A function that declares cases, golden(name, fn, shape, values): what fn() returns has the shape and, to nine
+-- digits, the values.
+---@param it function the spec's own
+---@return fun(name: string, fn: fun(): Tensor, shape: integer[], values: number[])
+function M.declarer(it)
+  return function(name, fn, shape, values)
+    it(name, function()
+      local y = fn()
+      assert.same(shape, y.shape)
+      numbers.assert_near(y, values, 1e-9, 1e-9)
+    end)
+  end
+end
+
+return M
