@@ -193,16 +193,6 @@ local function figures(name, run, step)
     sum.least, sum.buffers, sum.flops)
 end
 
-local function known(list)
-  return function(text)
-    for word in text:gmatch("[^,]+") do
-      local found = false
-      for _, name in ipairs(list) do found = found or name == word end
-      if not found then return ("'%s' is not one of %s"):format(word, table.concat(list, ", ")) end
-    end
-  end
-end
-
 local function main(opt)
   local ok, why = hm.cuda.is_available()
   if not ok then
@@ -216,7 +206,7 @@ local function main(opt)
 end
 
 main(cli.parse("gpu_cost.lua: what a training step would cost on a GPU, by count (a model, not a measurement)", {
-  {"workload", "cnn", "cnn or mlp", known(workloads.names)},
-  {"runs", table.concat(RUNS, ","), "f32, bf16, f16 (with the scaler), async (with GradScaler{async = true})", known(RUNS)},
+  {"workload", "cnn", "cnn or mlp", cli.among(workloads.names)},
+  {"runs", table.concat(RUNS, ","), "f32, bf16, f16 (with the scaler), async (with GradScaler{async = true})", cli.among(RUNS)},
   {"figures", false, "one line of numbers for each run"},
 }, arg))

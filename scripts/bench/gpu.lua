@@ -121,16 +121,6 @@ local function words(text)
   return out
 end
 
-local function known(list)
-  return function(text)
-    for _, word in ipairs(words(text)) do
-      local found = false
-      for _, name in ipairs(list) do found = found or name == word end
-      if not found then return ("'%s' is not one of %s"):format(word, table.concat(list, ", ")) end
-    end
-  end
-end
-
 local function main(opt)
   local ok, why = hm.cuda.is_available()
   if not ok then
@@ -148,8 +138,8 @@ local function main(opt)
 end
 
 main(cli.parse("gpu.lua: training steps on a GPU, and what the GPU does at most", {
-  {"workloads", table.concat(workloads.names, ","), "models", known(workloads.names)},
-  {"runs", table.concat(RUNS, ","), "what to compute in; f16 has the scaler, async GradScaler{async = true}", known(RUNS)},
+  {"workloads", table.concat(workloads.names, ","), "models", cli.among(workloads.names)},
+  {"runs", table.concat(RUNS, ","), "what to compute in; f16 has the scaler, async GradScaler{async = true}", cli.among(RUNS)},
   {"rounds", 7, "rounds of each"},
   {"quick", false, "one step of each: shows that it works"},
 }, arg))

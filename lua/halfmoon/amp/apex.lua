@@ -32,6 +32,7 @@ local errors = require "halfmoon.errors"
 local grad_scaler = require "halfmoon.amp.grad_scaler"
 local loss_grads = require "halfmoon.amp.loss_grads"
 local optimizer_class = require "halfmoon.optim.optimizer"
+local nested = require "halfmoon.amp.nested"
 local options = require "halfmoon.options"
 local region = require "halfmoon.amp.region"
 
@@ -136,24 +137,6 @@ end
 
 -- ====== Models ======
 
---- Value with floating tensors in it (not float64 ones) cast; tables of another kind pass as they are.
-local function cast(value, dtype)
-  if core.is_tensor(value) then
-    if value.dtype:find("float", 1, true) and value.dtype ~= "float64" then return value:to(dtype) end
-    return value
-  end
-  if type(value) ~= "table" or getmetatable(value) ~= nil then return value end
-  local new = {}
-  for k, v in pairs(value) do new[k] = cast(v, dtype) end
-  return new
-end
-
-local function cast_all(dtype, ...)
-  local list = table.pack(...)
-  for i = 1, list.n do list[i] = cast(list[i], dtype) end
-  return table.unpack(list, 1, list.n)
-end
-
 --- The method of a module's class, which an instance may hide.
 local function class_method(model, name) return getmetatable(model).__index[name] end
 
@@ -162,11 +145,11 @@ local function wrap_forward(model, p)
   local forward = rawget(model, "forward") or class_method(model, "forward")
   if p.patch_functions then
     rawset(model, "forward", function(self, ...)
-      return cast_all(p.cast_model_outputs, region.autocast(p.dtype, forward, self, ...))
+      return nested.cast_all(p.cast_model_outputs, region.autocast(p.dtype, forward, self, ...))
     end)
   elseif p.cast_model_type then
     rawset(model, "forward", function(self, ...)
-      return cast_all(p.cast_model_outputs, forward(self, cast_all(p.cast_model_type, ...)))
+      return nested.cast_all(p.cast_model_outputs, forward(self, nested.cast_all(p.cast_model_type, ...)))
     end)
   end
 end
@@ -174,7 +157,7 @@ end
 --- State dicts in float32, and masters that follow a state that is loaded.
 local function wrap_state(model, handle)
   local get, set = class_method(model, "state_dict"), class_method(model, "load_state_dict")
-  rawset(model, "state_dict", function(self, ...) return cast(get(self, ...), "float32") end)
+  rawset(model, "state_dict", function(self, ...) return nested.cast(get(self, ...), "float32") end)
   rawset(model, "load_state_dict", function(self, ...)
     local report = set(self, ...)
     core.no_grad(function()
@@ -483,7 +466,7 @@ local function open(loss, optimizers, opts)
     raise("scale_loss: loss_id %d is out of range: there are %d losses, ids count from 0\n"
       .. "  hint: amp.initialize(model, opt, {num_losses = %d})", opts.loss_id, #handle.scalers, opts.loss_id + 1)
   end
-  if not p.master_weights and p.loss_scale == 1 then return cast(loss, "float32"), scope end
+  if not p.master_weights and p.loss_scale == 1 then return nested.cast(loss, "float32"), scope end
   scope.delayed = opts.delay_unscale
   if scope.delayed then scope.aside = {} else scope.aside, scope.fresh = prepare(handle, list) end
   return scaler:scale(loss), scope

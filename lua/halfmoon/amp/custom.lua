@@ -11,38 +11,16 @@
 --
 -- Backward runs without autocast; custom_bwd puts it back into the region that forward was called in: on or off, and
 -- the dtype.  Overrides of classes (ops = ...) belong to the scope that forward stood in and are not brought back.
---
--- Casts reach tensors inside tables (arrays and fields), also nested ones; tables of another kind (modules, say),
--- float64 and integer tensors, strings and numbers pass as they are.
+-- Casts reach tensors inside tables (nested.lua).
 
 local core = require "halfmoon.core"
 local errors = require "halfmoon.errors"
+local nested = require "halfmoon.amp.nested"
 local options = require "halfmoon.options"
 
 local raise, describe = errors.raise, errors.describe
 
 local custom = {}
-
-local LOW = {float16 = true, bfloat16 = true, float32 = true} -- dtypes that casts touch
-
---- Is it a floating tensor, but not a float64 one?
-local function eligible(value) return core.is_tensor(value) and LOW[value.dtype] == true end
-
---- The value with fn put to every eligible tensor in it.
-local function map(value, fn)
-  if eligible(value) then return fn(value) end
-  if type(value) ~= "table" or getmetatable(value) ~= nil then return value end
-  local new = {}
-  for k, v in pairs(value) do new[k] = map(v, fn) end
-  return new
-end
-
---- The arguments with fn put to every eligible tensor in them.
-local function map_arguments(fn, ...)
-  local list = table.pack(...)
-  for i = 1, list.n do list[i] = map(list[i], fn) end
-  return table.unpack(list, 1, list.n)
-end
 
 local function want_function(where, fn)
   local meta = getmetatable(fn)
@@ -54,7 +32,7 @@ end
 
 local function want_dtype(where, name)
   local dtype = errors.long_dtype[name]
-  if LOW[dtype] then return dtype end
+  if nested.dtypes[dtype] then return dtype end
   raise("%s: cast_inputs must be float32, float16 or bfloat16, came %s", where, describe(name))
 end
 
@@ -82,7 +60,7 @@ function custom.custom_fwd(forward, opts)
     end
     ctx.amp_region = {enabled = false}
     local function cast(t) return t:to(dtype) end
-    return core.autocast({enabled = false}, forward, ctx, map_arguments(cast, ...))
+    return core.autocast({enabled = false}, forward, ctx, nested.map_all(cast, ...))
   end
 end
 
@@ -108,7 +86,7 @@ local function casting(where, fn, choose)
     local state = core.autocast_state()
     local dtype = state.enabled and choose(state, ...)
     if not dtype then return fn(...) end
-    return fn(map_arguments(function(t) return t:to(dtype) end, ...))
+    return fn(nested.cast_all(dtype, ...))
   end
 end
 
@@ -132,7 +110,7 @@ end
 function custom.promote_function(fn)
   return casting("promote_function", fn, function(_, ...)
     local widest
-    map_arguments(function(t)
+    nested.map_all(function(t)
       if not widest then widest = t.dtype elseif widest ~= t.dtype then widest = "float32" end
       return t
     end, ...)

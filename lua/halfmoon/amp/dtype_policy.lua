@@ -16,6 +16,7 @@
 
 local core = require "halfmoon.core"
 local class = require "halfmoon.nn.class"
+local nested = require "halfmoon.amp.nested"
 local errors = require "halfmoon.errors"
 local region = require "halfmoon.amp.region"
 
@@ -57,28 +58,14 @@ local global = STANDARD ---@type DtypePolicy
 
 -- ====== Modules ======
 
---- The value with floating tensors in it (not float64 ones) cast.
-local function cast(value, dtype)
-  if core.is_tensor(value) then
-    if value.dtype:find("float", 1, true) and value.dtype ~= "float64" then return value:to(dtype) end
-    return value
-  end
-  if type(value) ~= "table" or getmetatable(value) ~= nil then return value end
-  local new = {}
-  for k, v in pairs(value) do new[k] = cast(v, dtype) end
-  return new
-end
-
 --- forward of a module with a policy, around that of its class.
 local function forward(self, ...)
   local dtype = self._policy.compute_dtype
   local inner = getmetatable(self).__index.forward
-  local list = table.pack(...)
-  for i = 1, list.n do list[i] = cast(list[i], dtype) end
   if dtype == "float16" or dtype == "bfloat16" then
-    return region.autocast(dtype, inner, self, table.unpack(list, 1, list.n))
+    return region.autocast(dtype, inner, self, nested.cast_all(dtype, ...))
   end
-  return core.autocast({enabled = false}, inner, self, table.unpack(list, 1, list.n))
+  return core.autocast({enabled = false}, inner, self, nested.cast_all(dtype, ...))
 end
 
 --- Gives one module a policy: its forward and the parameters it holds itself.  made: old tensor -> new one, so that

@@ -86,4 +86,17 @@ function cli.parse(title, declared, given)
   return values
 end
 
+--- A check for an option: its words, separated by commas, must be among `list`.
+---@param list string[]
+---@return fun(text: string): string? why not
+function cli.among(list)
+  return function(text)
+    for word in text:gmatch("[^,%s]+") do
+      local found = false
+      for _, name in ipairs(list) do found = found or name == word end
+      if not found then return ("'%s' is not one of %s"):format(word, table.concat(list, ", ")) end
+    end
+  end
+end
+
 return cli
