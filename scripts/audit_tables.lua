@@ -38,7 +38,7 @@ local C_ONLY = {
   hm_kernel_device = "a field of the kernel's own object in Lua",
   hm_alias = "detach() is a row of the table", hm_as_strided = "for C programs: Lua has views with checked bounds",
   hm_tensor_drop = "release() of the binding drops by way of the storage", hm_tensor_is_dropped = "every op asks it",
-  hm_tensor_storage_id = "for reports of C programs", hm_sum_to = "gradients of broadcasting use it",
+  hm_sum_to = "gradients of broadcasting use it",
   hm_broadcast = "shape rules use it", hm_promote = "dtype rules use it",
   hm_record_custom = "hm_record_custom_with is the same and more",
   hm_random_take = "ops that draw numbers use it",

@@ -118,13 +118,26 @@ function custom.promote_function(fn)
   end)
 end
 
-for _, kind in ipairs {"half", "float", "promote"} do
-  custom[("register_%s_function"):format(kind)] = function(where, name)
-    local fn = type(where) == "table" and where[name]
-    if not fn then raise("register_%s_function: there is no function %s in the table", kind, describe(name)) end
-    where[name] = custom[kind .. "_function"](fn)
-  end
+local function register(kind, where, name)
+  local fn = type(where) == "table" and where[name]
+  if not fn then raise("register_%s_function: there is no function %s in the table", kind, describe(name)) end
+  where[name] = custom[kind .. "_function"](fn)
 end
+
+--- Puts half_function around where[name] (Apex): for functions of libraries that know nothing of autocast.
+---@param where table
+---@param name string
+function custom.register_half_function(where, name) register("half", where, name) end
+
+--- Puts float_function around where[name] (Apex).
+---@param where table
+---@param name string
+function custom.register_float_function(where, name) register("float", where, name) end
+
+--- Puts promote_function around where[name] (Apex).
+---@param where table
+---@param name string
+function custom.register_promote_function(where, name) register("promote", where, name) end
 
 --- A scope in which autocast is off: amp.disable_casts(fn, ...), or local _ <close> = amp.disable_casts().
 ---@param fn function?
