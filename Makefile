@@ -207,7 +207,7 @@ install: all ## copy to $(PREFIX): bin, lib, include, share
 	$(Q)install $(PROGRAM) '$(DESTDIR)$(PREFIX)/bin/halfmoon'
 	$(Q)install -m 644 $(LIB) '$(DESTDIR)$(PREFIX)/lib/libhalfmoon.a'
 	$(Q)install -m 644 $(MODULE) '$(DESTDIR)$(PREFIX)/lib/lua/5.4/halfmoon.so'
-	$(Q)install -m 644 core/halfmoon.h kernels/kernels.h kernels/expression.h $(GEN)/ops.h $(GEN)/ops_api.h '$(DESTDIR)$(PREFIX)/include/halfmoon'
+	$(Q)install -m 644 core/halfmoon.h kernels/kernels.h kernels/expression.h kernels/layout.h $(GEN)/ops.h $(GEN)/ops_api.h '$(DESTDIR)$(PREFIX)/include/halfmoon'
 	$(Q)if [ -f $(CUDA_PLUGIN) ]; then install $(CUDA_PLUGIN) '$(DESTDIR)$(PREFIX)/lib/lua/5.4/halfmoon-cuda.so'; fi
 	$(Q)rm -rf '$(DESTDIR)$(PREFIX)/share/halfmoon/lua/halfmoon'
 	$(Q)cp -R lua/halfmoon '$(DESTDIR)$(PREFIX)/share/halfmoon/lua/'

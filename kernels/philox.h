@@ -12,30 +12,26 @@
 
 #include "math.h"
 
-/* Ten rounds over counter (c) with key (k0, k1), in place. */
-HM_FN void hm_philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
+/* The four words of a counter: ten rounds with the seed as key. */
+HM_FN void hm_philox_words(uint32_t words[4], uint64_t seed, uint64_t counter, uint32_t stream) {
+  uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = stream, c3 = 0;
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
 #ifdef __CUDACC__
 #pragma unroll
 #endif
   for (int round = 0; round < 10; round++) {
-    const uint64_t a = (uint64_t)c[0] * 0xd2511f53u, b = (uint64_t)c[2] * 0xcd9e8d57u;
-    const uint32_t n0 = (uint32_t)(b >> 32) ^ c[1] ^ k0, n2 = (uint32_t)(a >> 32) ^ c[3] ^ k1;
-    c[0] = n0;
-    c[1] = (uint32_t)b;
-    c[2] = n2;
-    c[3] = (uint32_t)a;
+    const uint64_t a = (uint64_t)c0 * 0xd2511f53u, b = (uint64_t)c2 * 0xcd9e8d57u;
+    c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
+    c1 = (uint32_t)b;
+    c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+    c3 = (uint32_t)a;
     k0 += 0x9e3779b9u;
     k1 += 0xbb67ae85u;
   }
-}
-
-/* The four words of a counter. */
-HM_FN void hm_philox_words(uint32_t words[4], uint64_t seed, uint64_t counter, uint32_t stream) {
-  words[0] = (uint32_t)counter;
-  words[1] = (uint32_t)(counter >> 32);
-  words[2] = stream;
-  words[3] = 0;
-  hm_philox(words, (uint32_t)seed, (uint32_t)(seed >> 32));
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
 }
 
 /* A word below this says yes, with probability p in [0, 1]: exactly never for 0, always for 1. */

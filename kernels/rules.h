@@ -9,7 +9,7 @@
  * A rule takes the constants of its group, a gradient g, a parameter p and its states s; it writes the states and
  * returns the new parameter.  Constants are kept in double and rounded once to the type computed in.
  *
- * Also here: Philox (the numbers of kernels/cpu/fill.c) and rounding by chance.  Header-only; owns nothing; included by
+ * Also here: rounding by chance, with words of Philox (stream 0).  Header-only; owns nothing; included by
  * kernels/cpu/multi.c and kernels/cuda/multi.cu.
  */
 #ifndef HM_RULES_H
@@ -17,6 +17,7 @@
 
 #include "kernels.h"
 #include "math.h"
+#include "philox.h"
 
 /* The constants of one group for one update. */
 typedef struct hm_rates {
@@ -124,22 +125,6 @@ HM_DEFINE_RULES(float, f32)
 HM_DEFINE_RULES(double, f64)
 
 /* ====== Rounding by chance ====== */
-
-/* Four words of Philox4x32-10, stream 0. */
-HM_FN void hm_philox(uint64_t seed, uint64_t counter, uint32_t w[4]) {
-  uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-  for (int round = 0; round < 10; round++) {
-    const uint64_t a = (uint64_t)c0 * 0xd2511f53u, b = (uint64_t)c2 * 0xcd9e8d57u;
-    c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
-    c1 = (uint32_t)b;
-    c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
-    c3 = (uint32_t)a;
-    k0 += 0x9e3779b9u;
-    k1 += 0xbb67ae85u;
-  }
-  w[0] = c0, w[1] = c1, w[2] = c2, w[3] = c3;
-}
 
 /* A neighbour of x in bfloat16 or float16: the upper one as likely as x is near it.  Infinity and NaN stay. */
 HM_FN float hm_round_by_chance(float x, int dtype, uint32_t word) {

@@ -301,7 +301,8 @@ step_sanitizer() {
   specs "memcheck: every op in float16" "$tool --tool memcheck $options" --filter=': float16' spec/cuda_parity_spec.lua
   specs "memcheck: every op in float32" "$tool --tool memcheck $options" --filter=': float32' spec/cuda_parity_spec.lua
   set --
-  for pattern in ' sum: float' ' mean: float' ' max: float' ' argmax: float' softmax cross_entropy norm pool conv2d; do
+  for pattern in ' sum: float' ' mean: float' ' amax: float' ' max_dim: float' ' var: float' ' prod: float' ' logsumexp: float' softmax \
+    cross_entropy nll_loss norm pool conv2d attention ' cumsum: float' ' cumprod: float' ' sort: float' ' topk: float' index_add embedding; do
     set -- "$@" "--filter=$pattern"
   done
   for name in racecheck synccheck; do

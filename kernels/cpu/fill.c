@@ -267,17 +267,8 @@ int HM_ISA_FN(hm_cpu_fill)(const hm_kernel_call *call) {
 /* The words of elements first ... first + n - 1 (first a multiple of 4; rounded up to whole blocks). */
 static void draw(const task *t, uint32_t stream, int64_t first, int64_t n, uint32_t *words) {
   const uint64_t counter = t->offset + (uint64_t)first / 4;
-  const uint32_t k0 = (uint32_t)t->seed, k1 = (uint32_t)(t->seed >> 32);
 #pragma GCC ivdep
-  for (int64_t j = 0; j < (n + 3) / 4; j++) {
-    const uint64_t at = counter + (uint64_t)j;
-    uint32_t c[4] = {(uint32_t)at, (uint32_t)(at >> 32), stream, 0};
-    hm_philox(c, k0, k1);
-    words[4 * j] = c[0];
-    words[4 * j + 1] = c[1];
-    words[4 * j + 2] = c[2];
-    words[4 * j + 3] = c[3];
-  }
+  for (int64_t j = 0; j < (n + 3) / 4; j++) hm_philox_words(words + 4 * j, t->seed, counter + (uint64_t)j, stream);
 }
 
 /* 64 bits per element. */

@@ -308,7 +308,7 @@ static void round_piece(const hm_multi_call *call, const hm_multi_item *item, in
   uint32_t word[PIECE];
 #pragma GCC ivdep
   for (int64_t k = 0; k < (n + 3) / 4; k++)
-    hm_philox(call->seed, item->counter + (uint64_t)i / 4 + (uint64_t)k, word + 4 * k);
+    hm_philox_words(word + 4 * k, call->seed, item->counter + (uint64_t)i / 4 + (uint64_t)k, 0);
   for (int64_t k = 0; k < n; k++) p[k] = hm_round_by_chance(p[k], item->param_dtype, word[k]);
 }
 

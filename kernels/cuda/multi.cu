@@ -352,7 +352,7 @@ HM_DEV void keep_lost(const entry &e, int64_t at, int left, bool run, const floa
 
 HM_DEV void round_four(const batch &t, const entry &e, int64_t at, float *p) {
   uint32_t word[FOUR];
-  hm_philox(t.seed, e.counter + (uint64_t)at / FOUR, word);
+  hm_philox_words(word, t.seed, e.counter + (uint64_t)at / FOUR, 0);
 #pragma unroll
   for (int j = 0; j < FOUR; j++) p[j] = hm_round_by_chance(p[j], e.param_dtype, word[j]);
 }
