@@ -148,7 +148,7 @@ test-emu: ## the specs on the CUDA test double in several wake orders and with d
 	@$(MAKE) $(jobs) base cuda-emu
 	$(Q)SPEC='$(SPEC)' FILTER='$(FILTER)' BUILD='$(BUILD)' JOBS='$(JOBS)' scripts/test-emu
 
-test-emu-full: ## the whole suite on the double in every order, and everything on it under the sanitizers (long)
+test-emu-full: ## the whole suite on the double in more orders, and everything on it under the sanitizers (long)
 	@scripts/bootstrap test
 	@$(MAKE) $(jobs) base cuda-emu emu-spec emu-tsan
 	@$(MAKE) $(jobs) SANITIZE=address,undefined OPT=-O1 base cuda-emu emu-spec

@@ -79,7 +79,7 @@ int hm__anomaly_check(hm_node *n, bool made, int n_grads, hm_tensor *const *grad
   for (int i = 0; i < n_grads && !status; i++) {
     bool found = false;
     char what[64];
-    if (!grad[i] || hm_tensor_is_dropped(grad[i])) continue;
+    if (!grad[i]) continue;
     status = look(grad[i], &found, what, sizeof what);
     if (found) status = report(n, made, i, grad[i], what);
   }

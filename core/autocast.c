@@ -7,8 +7,10 @@
  *      version is cast once; gradients flow to the float32 original by the edge's dtype, there is no cast node to go stale.
  *   F  the kernel reads low operands as they are and writes float32: no upcast copy is made or saved.
  *   P  the widest of the operands, which is natural promotion.     T  nothing changes.
+ * In a region of "fp8" the factors of products are rounded to 8 bits and computed with in float32 (fp8.c); nothing else is cast.
  * float64, integers, in-place forms and everything the backward walk runs are left alone.
  */
+#include "fp8.h"
 #include "graph.h"
 
 static hm_cast_stats stats;
@@ -58,10 +60,12 @@ static int promoted(const hm_opcall *c) {
 
 /* ====== Casting operands ====== */
 
-/* True if t's low copy may live as a shadow: a weight that fills its storage in row-major order. */
-static bool is_weight(const hm_tensor *t) {
-  return t->requires_grad && !t->node && t->dtype == HM_F32 && t->offset == 0 && hm_is_contiguous(t) &&
-         (size_t)t->numel * sizeof(float) == t->storage->bytes;
+/* True if t's low copy may live as a shadow: a weight that fills its storage in row-major order; or a plain alias of one (detached, kept by a
+ * custom function) while the weight's shadow is there. */
+static bool is_weight(const hm_tensor *t, int low) {
+  return !t->node && t->dtype == HM_F32 && t->offset == 0 && hm_is_contiguous(t) &&
+         (size_t)t->numel * sizeof(float) == t->storage->bytes &&
+         (t->requires_grad || hm__shadow_get(t->storage, HM_SHADOW_DTYPE(low)));
 }
 
 static int cast_weight(hm_tensor *t, int low, hm_tensor **out) {
@@ -89,7 +93,7 @@ static int cast_operand(hm_opcall *c, int i, int low, bool cache) {
   hm_tensor *t = c->in[i].t, *copy;
   if (!hm_dtype_is_float(t->dtype) || t->dtype == HM_F64 || t->dtype == low) return HM_OK;
   int status;
-  if (cache && is_weight(t)) {
+  if (cache && is_weight(t, low)) {
     status = cast_weight(t, low, &copy);
   } else {
     stats.casts++;
@@ -114,8 +118,16 @@ static bool has_f64(const hm_opcall *c) {
   return false;
 }
 
+/* Are sums or products along dims asked for in a floating dtype?  Then they are made in it, of integers, too. */
+static bool wants_float(const hm_opcall *c) {
+  const bool family = c->info->family == HM_FAMILY_REDUCE || c->info->family == HM_FAMILY_SCAN;
+  return family && c->out_dtype != HM_NONE && hm_dtype_is_float(c->out_dtype) &&
+         (c->info->ints != HM_INTS_KEEP || c->info->in[0].cls == 'F');
+}
+
 /* Integer operands of an op that does not compute in integers. */
 static int settle_integers(hm_opcall *c) {
+  if (!hm_dtype_is_float(c->dtype) && wants_float(c)) c->dtype = HM_F32;
   if (hm_dtype_is_float(c->dtype) || c->info->ints == HM_INTS_KEEP) return HM_OK;
   if (c->info->ints == HM_INTS_NO) {
     char text[160];
@@ -136,13 +148,13 @@ static bool runs_for_backward(void) {
 }
 
 /* Operands of matrix products and convolutions must agree: nothing promotes them outside autocast.  Only where an op of autocast is
- * differentiated twice, float32 gradients of weights meet low operands: they are computed in float32. */
+ * differentiated twice, or a result in a wider dtype was asked for, wider gradients meet operands: these are widened. */
 static int check_agreement(hm_opcall *c) {
   if (c->info->family != HM_FAMILY_MATMUL && c->info->family != HM_FAMILY_CONV) return HM_OK;
   for (int i = 0; i < c->info->n_in; i++) {
     if (c->in[i].kind != HM_ARG_TENSOR || c->info->in[i].optional || c->in[i].t->dtype == c->dtype) continue;
-    if (runs_for_backward() && c->dtype == HM_F32) {
-      const int status = cast_operand(c, i, HM_F32, false);
+    if (runs_for_backward() && (c->dtype == HM_F32 || c->dtype == HM_F64)) {
+      const int status = cast_operand(c, i, c->dtype, false);
       if (status) return status;
       continue;
     }
@@ -171,16 +183,25 @@ static int cast_overridden(hm_opcall *c, const hm_mode *mode) {
 int hm__autocast(hm_opcall *c) {
   const hm_mode *mode = hm_mode_current();
   const bool on = mode->autocast && !c->inplace && c->info->family < HM_FAMILY_COUNT && !has_f64(c);
-  bool widen = false;
+  const bool fp8 = on && hm__fp8_on(mode);
+  bool widen = false, low = false;
   for (int i = 0; on && i < c->info->n_in; i++) {
     if (c->in[i].kind != HM_ARG_TENSOR) continue;
     const char cls = op_class(c, mode, c->info->in[i].cls);
-    if (cls == 'L') {
+    if (cls == 'L' && fp8) {
+      const int status = cast_operand(c, i, HM_F32, false);
+      if (status) return status;
+      low = true;
+    } else if (cls == 'L') {
       int status = c->device == HM_CPU ? HM_OK : hm_device_check_low(c->device, mode->low);
       if (!status) status = cast_operand(c, i, mode->low, mode->cache);
       if (status) return status;
     }
     widen = widen || cls == 'F';
+  }
+  if (low) {
+    const int status = hm__fp8_operands(c);
+    if (status) return status;
   }
   c->dtype = promoted(c);
   if (widen && hm_dtype_is_float(c->dtype)) c->dtype = HM_F32;

@@ -7,6 +7,9 @@
  *
  * Walks may nest (a hook or a custom function may call backward): each keeps its scratch in hm_visit records, stacked on the nodes.
  * The walk has its own mode: autocast off, gradients on only under create_graph.
+ *
+ * One pair of nodes runs as one: the gradient of relu(max_pool2d(x)) goes through relu unchanged, and the pool's backward applies relu's as it
+ * reads (see leaves_relu).
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,6 +26,7 @@ struct hm_visit {
   hm_visit *next;        /* all visits of this walk */
   const struct walk *by; /* the walk */
   bool queued;
+  hm_tensor *relu;   /* owned; NULL, or a relu's result: its gradient is still to be applied to grad[0] (leaves_relu) */
   hm_tensor *grad[]; /* node->n_out of them, owned */
 };
 
@@ -117,6 +121,8 @@ static void release_grads(hm_visit *v) {
     hm_tensor_release(v->grad[i]);
     v->grad[i] = NULL;
   }
+  hm_tensor_release(v->relu);
+  v->relu = NULL;
 }
 
 static void walk_end(walk *w) {
@@ -363,11 +369,16 @@ static int accumulate(hm_tensor *leaf, hm_tensor **g) {
   return hm_clone(*g, &leaf->grad);
 }
 
-/* Sends g (taken over) along an edge.  A leaf without hooks has it added at once: gradients made before an error are then kept. */
+/* Sends g (taken over) along an edge.  A leaf without hooks has it added at once: gradients made before an error are then kept.
+ * While gradients are watched: what comes, what is left of it where it is summed to fit, and the sum with what came before. */
 static int deliver(walk *w, const hm_node *n, const hm_edge *e, hm_tensor *g) {
-  int status = fit(n, e, &g);
+  const bool held = hm__tapped && hm__tap_wants(e);
+  const int64_t numel = g->numel;
+  int status = held ? hm__tap_gradient(e, g) : HM_OK;
+  if (!status) status = fit(n, e, &g);
+  if (!status && held && g->numel != numel) status = hm__tap_gradient(e, g);
   if (!status && e->node->op == HM_NODE_ACCUMULATE && !w->restricted && !e->node->leaf->hooks) {
-    status = hm_tensor_is_dropped(e->node->leaf) ? HM_OK : accumulate(e->node->leaf, &g);
+    status = accumulate(e->node->leaf, &g);
     hm_tensor_release(g);
     return status;
   }
@@ -376,7 +387,9 @@ static int deliver(walk *w, const hm_node *n, const hm_edge *e, hm_tensor *g) {
     hm_tensor_release(g);
     return status ? status : HM_ERR_MEMORY;
   }
+  const bool sums = v->grad[e->nr] != NULL;
   status = add_gradient(&v->grad[e->nr], g);
+  if (!status && held && sums) status = hm__tap_gradient(e, v->grad[e->nr]);
   return status || v->queued ? status : heap_push(w, v);
 }
 
@@ -392,7 +405,6 @@ static void catch_inputs(walk *w, const hm_visit *v) {
 
 static int run_leaf(walk *w, hm_visit *v) {
   hm_tensor *leaf = v->node->leaf;
-  if (hm_tensor_is_dropped(leaf)) return HM_OK;
   if (leaf->hooks) {
     const int status = hm__hooks_run(leaf->hooks, 0, &v->grad[0]);
     if (status) return status;
@@ -416,7 +428,66 @@ static int widen_gradients(hm_visit *v) {
   return HM_OK;
 }
 
-static int call_backward(hm_node *n, hm_tensor *const *grad, hm_tensor **grad_in) {
+/* ====== relu after max_pool2d ====== */
+
+/* hm_autograd_grad was asked for what comes to this node. */
+static bool is_asked_for(const walk *w, const hm_node *n) {
+  for (int k = 0; k < w->n_input; k++)
+    if (w->input_node[k] == n) return true;
+  return false;
+}
+
+/* True if v, of a relu, may leave its gradient to the max_pool2d below: nobody else sends a gradient there (what is still to run was recorded
+ * before it), and nobody looks at the gradient in between. */
+static bool leaves_relu(const walk *w, const hm_visit *v) {
+  const hm_node *n = v->node, *pool = n->op == HM_OP_RELU ? n->edge[0].node : NULL;
+  if (!pool || pool->op != HM_OP_MAX_POOL2D || pool->hooks) return false;
+  if (w->create_graph || hm__tapped || hm_mode_current()->anomaly || is_asked_for(w, pool)) return false;
+  if (n->backward_f32 || pool->backward_f32) return false;
+  if (w->heap_n > 0 && w->heap[0]->node->seq > pool->seq) return false;
+  const hm_visit *below = visit_of(w, pool);
+  if (w->restricted && !below) return false;
+  return v->grad[0]->dtype == n->edge[0].dtype && (!below || !below->queued);
+}
+
+/* Hands v's gradient to the max_pool2d below as it is, with relu's result. */
+static int leave_relu(walk *w, hm_visit *v) {
+  hm_node *n = v->node;
+  hm_visit *below = visit_make(w, n->edge[0].node);
+  if (!below) return HM_ERR_MEMORY;
+  int status = HM_OK;
+  w->walked = w->running = n;
+  const hm_arg out = hm__saved_out(n, 0, &status);
+  if (!status) below->relu = hm_tensor_retain(out.t);
+  w->walked = w->running = NULL;
+  release_temps(w, 0);
+  if (w->retain) hm__node_forget(n);
+  else hm__node_free_saved(n);
+  if (status) return status;
+  below->grad[0] = v->grad[0];
+  v->grad[0] = NULL;
+  return heap_push(w, below);
+}
+
+/* Backward of max_pool2d and of the relu after it. */
+static int backward_of_both(hm_visit *v, hm_tensor **grad_in) {
+  hm_node *n = v->node;
+  int status = HM_OK;
+  const hm_arg index = hm__saved_out(n, 1, &status);
+  if (status) return status;
+  hm_attr shape = {.n = 0};
+  hm__edge_shape(n, 0, &shape);
+  return hm_call_as(HM_OP_MAX_POOL2D_RELU_BACKWARD, (const hm_arg[]){hm_t(v->grad[0]), index, hm_t(v->relu)},
+                    (const hm_attr[]){shape, n->attr[0], n->attr[1], n->attr[2], n->attr[3], n->attr[4]},
+                    hm__edge_dtype(n, 0), &grad_in[0]);
+}
+
+/* ====== Running ops ====== */
+
+static int call_backward(hm_visit *v, hm_tensor **grad_in) {
+  hm_node *n = v->node;
+  hm_tensor *const *grad = v->grad;
+  if (v->relu) return backward_of_both(v, grad_in);
   if (n->op == HM_NODE_CUSTOM) {
     if (n->freed) return check_saved(n, &(hm_saved){0}, "operand", "");
     return n->custom->fn(n->custom->ud, n->n_out, grad, n->n_in, grad_in);
@@ -430,6 +501,7 @@ static int call_backward(hm_node *n, hm_tensor *const *grad, hm_tensor **grad_in
 
 static int run_op(walk *w, hm_visit *v) {
   hm_node *n = v->node;
+  if (leaves_relu(w, v)) return leave_relu(w, v);
   hm_tensor *few[HM_MAX_IN] = {NULL}, **grad_in = few;
   if (n->n_in > HM_MAX_IN) {
     grad_in = hm_calloc(sizeof *grad_in * n->n_in);
@@ -441,7 +513,7 @@ static int run_op(walk *w, hm_visit *v) {
   int status = n->backward_f32 ? widen_gradients(v) : HM_OK;
   if (!status && anomaly) status = hm__anomaly_check(n, false, n->n_out, v->grad);
   w->running = n;
-  if (!status) status = call_backward(n, v->grad, grad_in);
+  if (!status) status = call_backward(v, grad_in);
   w->running = NULL;
   release_temps(w, 0);
   release_grads(v);
@@ -477,6 +549,9 @@ static int run_visit(walk *w, hm_visit *v) {
 
 /* ====== Starting a walk ====== */
 
+/* dtype of a root's gradient; of 8-bit floats it is float32. */
+static int gradient_dtype(const hm_tensor *root) { return hm_dtype_is_f8(root->dtype) ? HM_F32 : root->dtype; }
+
 /* The gradient a root starts with: the given one, fitted, or ones for a single element.  New reference. */
 static int root_gradient(hm_tensor *root, hm_tensor *given, hm_tensor **out) {
   char text[160], got[160];
@@ -484,14 +559,14 @@ static int root_gradient(hm_tensor *root, hm_tensor *given, hm_tensor **out) {
     if (given->ndim != root->ndim || memcmp(given->shape, root->shape, sizeof(int64_t) * (size_t)root->ndim))
       return hm_fail(HM_ERR_SHAPE, "backward: the gradient must have the tensor's shape: tensor is %s, gradient is %s",
                      hm_describe(root, text, sizeof text), hm_describe(given, got, sizeof got));
-    return hm_to(given, root->dtype, -1, false, out);
+    return hm_to(given, gradient_dtype(root), -1, false, out);
   }
   if (root->numel != 1)
     return hm_fail(
         HM_ERR_SHAPE,
         "backward: a tensor of several elements needs a gradient: got %s\n  hint: reduce it (x:sum()), or pass backward(gradient)",
         hm_describe(root, text, sizeof text));
-  int status = hm_empty(root->ndim, root->shape, root->dtype, hm_tensor_device(root), out);
+  int status = hm_empty(root->ndim, root->shape, gradient_dtype(root), hm_tensor_device(root), out);
   if (status) return status;
   hm_tensor *same;
   status = hm_op_fill_(hm_t(*out), hm_f(1), &same);
@@ -502,7 +577,6 @@ static int root_gradient(hm_tensor *root, hm_tensor *given, hm_tensor **out) {
 
 static int seed(walk *w, hm_tensor *root, hm_tensor *given) {
   char text[160];
-  if (hm_tensor_is_dropped(root)) return hm_fail(HM_ERR_STATE, "backward: the tensor was released");
   if (!root->requires_grad)
     return hm_fail(
         HM_ERR_STATE,
@@ -518,7 +592,10 @@ static int seed(walk *w, hm_tensor *root, hm_tensor *given) {
     if (!status) hm__node_release(n);
     return status;
   }
-  hm_edge e = {.node = n, .nr = root->node ? root->out_nr : 0, .dtype = root->dtype, .ndim = root->ndim};
+  hm_edge e = {.node = n,
+               .nr = root->node ? root->out_nr : 0,
+               .dtype = (int8_t)gradient_dtype(root),
+               .ndim = root->ndim};
   memcpy(e.shape, root->shape, sizeof(int64_t) * (size_t)root->ndim);
   status = deliver(w, n, &e, g);
   hm__node_release(n);
@@ -527,8 +604,11 @@ static int seed(walk *w, hm_tensor *root, hm_tensor *given) {
 
 static int run(walk *w, hm_tensor *const *roots, hm_tensor *const *grads, int n) {
   hm_mode mode = *hm_mode_current(), *outer = hm_mode_current();
+  char cls[HM_OP_COUNT];
   mode.grad = w->create_graph;
   mode.autocast = false;
+  hm_fp8_recipe_retain(mode.fp8); /* a hook may close the region that lent these */
+  if (mode.cls) mode.cls = memcpy(cls, mode.cls, sizeof cls);
   w->outer = current;
   w->regions = hm__region_filled();
   current = w;
@@ -543,6 +623,8 @@ static int run(walk *w, hm_tensor *const *roots, hm_tensor *const *grads, int n)
   if (!w->retain && status) /* the graph is dead: nothing half-walked may be walked again */
     for (hm_visit *v = w->visits; v; v = v->next) hm__node_free_saved(v->node);
   hm_mode_switch(outer);
+  if (outer->fp8 == mode.fp8) outer->fp8_position = mode.fp8_position; /* products of hooks count on */
+  hm_fp8_recipe_release(mode.fp8);
   hm__region_clear_since(w->regions);
   walk_end(w);
   current = w->outer;
@@ -576,9 +658,7 @@ static int list_add(node_list *l, hm_node *n) {
 static bool leads_on(const walk *w, const hm_node *n) {
   for (int i = 0; i < n->n_in; i++)
     if (n->edge[i].node && visit_of(w, n->edge[i].node)) return true;
-  for (int k = 0; k < w->n_input; k++)
-    if (w->input_node[k] == n) return true;
-  return false;
+  return is_asked_for(w, n);
 }
 
 /* Every node reachable from the roots, once. */
@@ -651,6 +731,7 @@ int hm_autograd_grad(hm_tensor *const *roots, hm_tensor *const *grads, int n, hm
   for (int k = 0; k < n_inputs; k++) out[k] = NULL;
   w.input_node = hm_calloc(sizeof *w.input_node * (size_t)(n_inputs > 0 ? n_inputs : 1));
   if (!w.input_node) return HM_ERR_MEMORY;
+  for (int k = 0; k < n_inputs; k++) hm_tensor_retain(inputs[k]); /* a hook may release them */
   int status = find_inputs(&w);
   if (!status) status = mark_needed(&w, roots, n);
   if (status) walk_end(&w);
@@ -658,6 +739,7 @@ int hm_autograd_grad(hm_tensor *const *roots, hm_tensor *const *grads, int n, hm
   if (!status) status = check_caught(&w, allow_unused);
   for (int k = 0; k < n_inputs; k++) {
     hm__node_release(w.input_node[k]);
+    hm_tensor_release(inputs[k]);
     if (!status) continue;
     hm_tensor_release(out[k]);
     out[k] = NULL;

@@ -89,7 +89,6 @@ static int move_and_cast(hm_tensor *t, int dtype, int device, hm_tensor **out) {
 
 int hm_to(hm_tensor *t, int dtype, int device, bool copy, hm_tensor **out) {
   *out = NULL;
-  if (hm_tensor_is_dropped(t)) return hm_fail(HM_ERR_STATE, "to: the tensor was released");
   if (device >= 0 && device != hm_tensor_device(t))
     return hm_device_backend(device) ? move_and_cast(t, dtype, device, out) : HM_ERR_DEVICE;
   if (!copy && (dtype == HM_NONE || dtype == t->dtype)) {
@@ -144,6 +143,9 @@ static int cat_spec(hm_tensor *const *list, int n, int dim, int *dtype, int64_t 
     if (hm_tensor_device(list[i]) != hm_tensor_device(first))
       return hm_fail(HM_ERR_DEVICE, "cat: tensors on different devices: tensor 1 is %s, tensor %d is %s",
                      hm_describe(first, a, sizeof a), i + 1, hm_describe(list[i], b, sizeof b));
+    if (list[i]->dtype != first->dtype && (hm_dtype_is_f8(list[i]->dtype) || hm_dtype_is_f8(first->dtype)))
+      return hm_fail(HM_ERR_DTYPE, "cat: 8-bit floats promote to nothing: tensor 1 is %s, tensor %d is %s",
+                     hm_describe(first, a, sizeof a), i + 1, hm_describe(list[i], b, sizeof b));
     *dtype = hm_promote(*dtype, list[i]->dtype);
     shape[dim] += list[i]->shape[dim];
   }
@@ -195,8 +197,6 @@ static int cat_record(hm_tensor *const *list, int n, int dim, hm_tensor *out) {
 int hm_cat(hm_tensor *const *list, int n, int dim, hm_tensor **out) {
   *out = NULL;
   if (n < 1) return hm_fail(HM_ERR_ARG, "cat: needs at least one tensor");
-  for (int i = 0; i < n; i++)
-    if (hm_tensor_is_dropped(list[i])) return hm_fail(HM_ERR_STATE, "cat: tensor %d was released", i + 1);
   const int ndim = list[0]->ndim;
   if (dim < -ndim || dim >= ndim)
     return hm_fail(HM_ERR_SHAPE, "cat: dim out of range: the tensors have %d dims, valid are 1 to %d, or -%d to -1",
@@ -223,7 +223,6 @@ int hm_cat(hm_tensor *const *list, int n, int dim, hm_tensor **out) {
 static int same_shapes(hm_tensor *const *list, int n) {
   char a[160], b[160];
   for (int i = 0; i < n; i++) {
-    if (hm_tensor_is_dropped(list[i])) return hm_fail(HM_ERR_STATE, "stack: tensor %d was released", i + 1);
     bool same = list[i]->ndim == list[0]->ndim;
     for (int d = 0; same && d < list[0]->ndim; d++) same = list[i]->shape[d] == list[0]->shape[d];
     if (!same)
@@ -348,6 +347,8 @@ int hm__infer_composite(hm_opcall *c) {
   case HM_OP_NARROW_BACKWARD: return narrow_backward(c);
   case HM_OP_CROSS_ENTROPY_BACKWARD_BY_G: return hm__cross_entropy_by_g(c);
   case HM_OP_CROSS_ENTROPY_BACKWARD_BY_X: return hm__cross_entropy_by_x(c);
+  case HM_OP_PROD_BACKWARD_BACKWARD: return hm__prod_backward_backward(c);
+  case HM_OP_CUMPROD_BACKWARD_BACKWARD: return hm__cumprod_backward_backward(c);
   default: return hm_fail(HM_ERR_INTERNAL, "%s: a composite without a body", c->info->name);
   }
 }

@@ -245,14 +245,23 @@ static void range_of(int dtype, int64_t *low, int64_t *high) {
   *high = dtype == HM_I64 ? INT64_MAX : dtype == HM_I32 ? INT32_MAX : dtype == HM_U8 ? 255 : 1;
 }
 
+static void put_float(double value, int dtype, void *out) {
+  switch (dtype) {
+  case HM_F64: *(double *)out = value; break;
+  case HM_F32: *(float *)out = (float)value; break;
+  case HM_F16: *(uint16_t *)out = hm_f64_to_f16(value); break;
+  case HM_BF16: *(uint16_t *)out = hm_f64_to_bf16(value); break;
+  case HM_F8_E4M3: *(uint8_t *)out = hm_f64_to_e4m3(value); break;
+  default: *(uint8_t *)out = hm_f64_to_e5m2(value); break;
+  }
+}
+
 /* The value of a field in its dtype's bytes; false if it has none. */
 static bool parse_value(const hm_csv *c, const hm_csv_field *f, int dtype, void *out) {
   if (hm_dtype_is_float(dtype)) {
     double value;
     if (!parse_float(c, *f, dtype == HM_F32, &value)) return false;
-    if (dtype == HM_F64) *(double *)out = value;
-    else if (dtype == HM_F32) *(float *)out = (float)value;
-    else *(uint16_t *)out = dtype == HM_F16 ? hm_f64_to_f16(value) : hm_f64_to_bf16(value);
+    put_float(value, dtype, out);
     return true;
   }
   int64_t value, low, high;

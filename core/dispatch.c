@@ -11,6 +11,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "fp8.h"
 #include "graph.h"
 
 extern const hm_op_info hm__ops[HM_OP_COUNT];
@@ -33,6 +34,18 @@ void hm_set_op_log(hm_op_log_fn fn, void *ud) {
 
 /* ====== Operands ====== */
 
+/* 8-bit floats are copied, converted and looked at, and filled with a number. */
+static bool takes_f8(const hm_op_info *info) {
+  return info->family == HM_FAMILY_COPY || info->family == HM_FAMILY_VIEW || info == &hm__ops[HM_OP_FILL_];
+}
+
+static int refuse_f8(const hm_opcall *c, const char *what, const char *came) {
+  return hm_fail(
+      HM_ERR_DTYPE,
+      "%s: the 8-bit floats are for storing and converting, nothing is computed in them: %s is %s\n  hint: compute with :to(\"f32\")",
+      c->info->name, what, came);
+}
+
 static int check_operand(const hm_opcall *c, int i) {
   const hm_in_info *want = &c->info->in[i];
   const hm_arg *a = &c->in[i];
@@ -46,11 +59,9 @@ static int check_operand(const hm_opcall *c, int i) {
     if (number && !want->mutated) return HM_OK;
     return hm_fail(HM_ERR_ARG, "%s: %s must be a tensor, got a number", c->info->name, want->name);
   }
-  if (hm_tensor_is_dropped(a->t))
-    return hm_fail(HM_ERR_STATE,
-                   "%s: %s was released\n  hint: release() gives a tensor's memory back for good; use it last",
-                   c->info->name, want->name);
   char text[160];
+  if (hm_dtype_is_f8(a->t->dtype) && !takes_f8(c->info))
+    return refuse_f8(c, want->name, hm_describe(a->t, text, sizeof text));
   if (want->cls == 'i' && hm_dtype_kind(a->t->dtype) != HM_KIND_INT)
     return hm_fail(HM_ERR_DTYPE, "%s: %s must hold integers, got %s\n  hint: make it int64: %s:to(\"i64\")",
                    c->info->name, want->name, hm_describe(a->t, text, sizeof text), want->name);
@@ -96,8 +107,7 @@ int hm__wrap_dim(const hm_opcall *c, int64_t *dim, int ndim) {
       c->info->name, ndim, ndim == 1 ? "" : "s", ndim, ndim, (long long)(*dim < 0 ? *dim : *dim + 1));
 }
 
-/* Replaces in[i] by t (taken over). */
-static void replace_operand(hm_opcall *c, int i, hm_tensor *t) {
+void hm__replace_operand(hm_opcall *c, int i, hm_tensor *t) {
   if (c->owned & 1u << i) hm_tensor_release(c->in[i].t);
   c->in[i].t = t;
   c->owned |= 1u << i;
@@ -108,7 +118,7 @@ static int want_layout(hm_opcall *c, int i, int64_t layout) {
   hm_tensor *copy;
   const int status = hm_call(HM_OP_CAST, (const hm_arg[]){hm_t(c->in[i].t)}, attr, &copy);
   if (status) return status;
-  replace_operand(c, i, copy);
+  hm__replace_operand(c, i, copy);
   return HM_OK;
 }
 
@@ -292,6 +302,8 @@ static int output_dtype(const hm_opcall *c, int i) {
 static int allocate_outputs(hm_opcall *c) {
   for (int i = 0; i < c->info->n_out; i++) {
     const hm_out_info *o = &c->info->out[i];
+    if (hm_dtype_is_f8(c->spec[i].dtype) && !takes_f8(c->info))
+      return refuse_f8(c, "the result", hm_dtype_name(c->spec[i].dtype));
     if (o->cls == '=') c->out[i] = hm_tensor_retain(c->in[o->same].t);
     else if (c->inplace && i == 0) c->out[i] = hm_tensor_retain(c->in[0].t);
     else {
@@ -321,7 +333,7 @@ static int separate_from_destination(hm_opcall *c, const hm_tensor *dst) {
     hm_tensor *copy;
     const int status = hm_clone(c->in[i].t, &copy);
     if (status) return status;
-    replace_operand(c, i, copy);
+    hm__replace_operand(c, i, copy);
   }
   return HM_OK;
 }
@@ -343,7 +355,7 @@ static int keep_old_value(hm_opcall *c, const hm_tensor *dst) {
     hm_tensor *copy;
     const int status = hm_clone(c->in[i].t, &copy);
     if (status) return status;
-    replace_operand(c, i, copy);
+    hm__replace_operand(c, i, copy);
   }
   return HM_OK;
 }
@@ -383,6 +395,7 @@ static void init_call(hm_opcall *c, int op, const hm_arg *in, const hm_attr *att
   c->owned = 0;
   c->out_dtype = out_dtype;
   c->inplace = inplace;
+  c->fp8 = NULL;
   for (int i = 0; i < c->info->n_in; i++) c->src[i] = c->in[i] = in[i];
   for (int i = 0; i < c->info->n_attr; i++) c->attr[i] = attr[i];
   for (int i = 0; i < c->info->n_out; i++) {
@@ -420,6 +433,7 @@ static int compute(hm_opcall *c, bool grad, bool record) {
 }
 
 static void finish(hm_opcall *c, int status) {
+  hm__fp8_site_release(c->fp8);
   for (int i = 0; c->owned; i++, c->owned >>= 1)
     if (c->owned & 1) hm_tensor_release(c->in[i].t);
   if (!status) return;
@@ -431,9 +445,11 @@ static void finish(hm_opcall *c, int status) {
 
 static int call(hm_opcall *c) {
   int status = check_operands(c);
+  if (!status) status = hm__check_derivatives(c);
   if (status) return status;
   hm_mode *mode = hm_mode_current();
   const bool grad = mode->grad;
+  c->grad = grad;
   const bool record = hm__needs_record(c);
   if (c->info->differentiable || c->info->family < HM_FAMILY_COUNT) mode->grad = false;
   status = compute(c, grad, record);
@@ -444,6 +460,9 @@ static int call(hm_opcall *c) {
   hm_tensor *dst = status || !grad ? NULL : destination(c);
   if (dst) status = hm__rewritten(dst, recorded);
   if (!status && op_log) log_call(c, recorded);
+  if (recorded && !status && c->fp8)
+    status = hm__fp8_gradient(c); /* behind the log, which looks at the op's own node */
+  if (recorded && !status && hm__tapped) status = hm__tap_forward(c);
   finish(c, status);
   return status;
 }
@@ -474,7 +493,6 @@ static int matmul_vectors(const hm_arg *in, int out_dtype, hm_tensor **out) {
 /* copy_ is the one op whose operands may lie on different devices. */
 static bool crosses_devices(int op, const hm_arg *in) {
   return op == HM_OP_COPY_ && in[0].kind == HM_ARG_TENSOR && in[1].kind == HM_ARG_TENSOR &&
-         !hm_tensor_is_dropped(in[0].t) && !hm_tensor_is_dropped(in[1].t) &&
          hm_tensor_device(in[0].t) != hm_tensor_device(in[1].t);
 }
 

@@ -35,6 +35,7 @@ struct hm_node {
   int32_t op; /* enum hm_op, or HM_NODE_ACCUMULATE / HM_NODE_CUSTOM */
   uint16_t n_in, n_out;
   bool freed;               /* saved tensors are gone: a second backward is an error */
+  uint16_t dtypes;          /* 1 << dtype of each input that wants a gradient, here and in the nodes below */
   uint64_t seq;             /* order of recording; the walk takes the highest first */
   struct hm_visit *visit;   /* scratch of the innermost walk that has met the node */
   hm_edge *edge;            /* n_in of them */
@@ -71,6 +72,9 @@ double hm__reduced_count(const hm_node *n, int in, const hm_attr *dims);
 int hm__record(hm_opcall *c);
 /* True if the call must be recorded: gradients on, the op differentiable, some input wants one. */
 bool hm__needs_record(const hm_opcall *c);
+/* Refuses an operand that wants a gradient where the row derives by others alone: its share would be lost in silence.
+ * Rows of backward functions are left out: what they do not derive by has the derivative 0 (a maximum's place) or its share comes another way (a logsumexp). */
+int hm__check_derivatives(const hm_opcall *c);
 /* Before an in-place write to t: refuses leaves that want a gradient and views of tensors that do. */
 int hm__check_inplace(const hm_opcall *c, hm_tensor *t, bool record);
 /* After an in-place write to t with gradients on: marks earlier views of it as out of date; a write that was not recorded (fill_, or copy_ of a
@@ -98,5 +102,13 @@ int hm__autocast(hm_opcall *c);
 extern bool hm__watched;
 int hm__watch_before(const hm_opcall *c);
 int hm__watch_after(const hm_opcall *c);
+
+/* ---- the watch on gradients that float16 would hold (telemetry.c); all only while hm__tapped ---- */
+extern bool hm__tapped;
+/* Would float16 training hold the gradient that goes along e in float16? */
+bool hm__tap_wants(const hm_edge *e);
+int hm__tap_gradient(const hm_edge *e, const hm_tensor *g);
+/* After a recorded call. */
+int hm__tap_forward(const hm_opcall *c);
 
 #endif

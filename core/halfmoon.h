@@ -146,9 +146,6 @@ int hm_alias(hm_tensor *t, hm_tensor **out);
 int hm_as_strided(hm_tensor *t, int ndim, const int64_t *shape, const int64_t *stride, int64_t offset, hm_tensor **out);
 hm_tensor *hm_tensor_retain(hm_tensor *t); /* returns t; NULL passes through */
 void hm_tensor_release(hm_tensor *t);      /* drops one reference; NULL is ignored */
-/* Drops t's hold on its memory now: t becomes an empty shell whose use is an error ("tensor was released").  Views keep theirs. */
-void hm_tensor_drop(hm_tensor *t);
-bool hm_tensor_is_dropped(const hm_tensor *t);
 
 /* ---- reading ---- */
 
@@ -360,6 +357,22 @@ void hm_set_op_watch(hm_op_watch_fn fn, void *ud);
 /* Calls looked at since the last watch began. */
 int64_t hm_op_watch_calls(void);
 
+/* A gradient on its way through a backward walk that float16 would hold under autocast, or (forward) what a matrix product or convolution of
+ * a recorded forward made.  Pointers are valid during the call only. */
+typedef struct hm_gradient_sight {
+  const hm_tensor *t;
+  const hm_census *census;
+  const int64_t *histogram; /* HM_HISTOGRAM counts; NULL for forward */
+  const char *op;           /* that made the tensor, or whose result the gradient is of */
+  const char *recorded;     /* where that one was recorded, if its mode had `anomaly`; else NULL */
+  bool forward;
+  bool foretold; /* nothing was computed in low precision: the op's class says that autocast would */
+} hm_gradient_sight;
+typedef int (*hm_gradient_watch_fn)(void *ud, const hm_gradient_sight *sight);
+/* Counts each such tensor and tells of it.  Gradients of float32 leaves are not looked at: float16 training has them in float32, too.
+ * Waits for the device at each.  NULL switches off: then a gradient pays for one test.  A status that fn returns ends the walk. */
+void hm_set_gradient_watch(hm_gradient_watch_fn fn, void *ud);
+
 /* ====== Modes: gradients on or off, autocast (mode.c) ====== */
 
 /* Belongs to one coroutine; the binding keeps one for each and says which is current.  Plain data, copied freely. */
@@ -367,12 +380,14 @@ typedef struct hm_mode {
   bool grad;             /* record ops */
   bool autocast;         /* inside an enabled region */
   bool cache;            /* keep casts of weights */
-  int8_t low;            /* region's dtype: HM_F16 or HM_BF16 */
+  int8_t low;            /* region's dtype: HM_F16 or HM_BF16; HM_F8_E4M3: products on 8-bit operands, by the recipe */
   int8_t backward_dtype; /* HM_NONE, or HM_F32: gradients of eligible ops are computed in float32 */
   const char *cls; /* NULL, or HM_OP_COUNT letters that override the ops' classes (0: as the table says); borrowed */
   int8_t anomaly;  /* HM_ANOMALY_... */
   struct hm_region *
       region; /* ops leave what backward needs to this region, which computes it again; NULL: they keep it.  Borrowed */
+  struct hm_fp8_recipe *fp8; /* of the innermost region of "fp8", also where that is disabled inside; borrowed */
+  int32_t fp8_position;      /* products without a weight that came by since the outermost such region began */
 } hm_mode;
 
 /* Looking for the op whose backward makes the first NaN. */
@@ -394,6 +409,56 @@ typedef struct hm_cast_stats {
 /* What autocast has cast since the start. */
 void hm_cast_get_stats(hm_cast_stats *out);
 
+/* ====== FP8, emulated on the CPU (fp8.c) ====== */
+
+/* How products inside an "fp8" region are scaled: by delayed scaling, one scale per tensor.  Counted. */
+typedef struct hm_fp8_recipe hm_fp8_recipe;
+
+enum { HM_FP8_MAX_SLOTS = 4, HM_FP8_MAX_HISTORY = 1 << 20 };
+
+typedef struct hm_fp8_options {
+  int margin;       /* scales are divided by 2^margin */
+  int history;      /* steps that a slot remembers */
+  bool hybrid;      /* gradients in e5m2; else in e4m3, as the factors are */
+  bool most_recent; /* the scale follows the newest step, not the largest of those remembered */
+} hm_fp8_options;
+
+/* One tensor of a product: a factor, or the gradient of the result. */
+typedef struct hm_fp8_slot {
+  const char *name; /* static */
+  bool e5m2;
+  bool recorded;  /* amax is of this step, and not in the history yet */
+  float scale;    /* values are multiplied by it before they are rounded */
+  float amax;     /* largest magnitude of the last step that had one */
+  int n;          /* steps in the history */
+  float *history; /* newest first */
+} hm_fp8_slot;
+
+/* One product.  For reading only. */
+typedef struct hm_fp8_site {
+  int32_t refs;
+  int32_t op;        /* enum hm_op */
+  hm_tensor *weight; /* the leaf that it is known by (owned), or NULL */
+  bool weighted;     /* there is, or in a loaded one will be, such a weight */
+  int32_t position;  /* without one: its place among such products in the region */
+  int32_t n_slots;   /* the gradient's comes last */
+  hm_fp8_slot slot[HM_FP8_MAX_SLOTS];
+} hm_fp8_site;
+
+int hm_fp8_recipe_new(const hm_fp8_options *options, hm_fp8_recipe **out); /* a new reference; all scales are 1 */
+hm_fp8_recipe *hm_fp8_recipe_retain(hm_fp8_recipe *r);                     /* returns r; NULL passes through */
+void hm_fp8_recipe_release(hm_fp8_recipe *r);                              /* NULL is ignored */
+const hm_fp8_options *hm_fp8_recipe_options(const hm_fp8_recipe *r);       /* as it was made; borrowed */
+/* A step begins: what the last one noted goes into the histories, and scales follow.  Called when an outermost region is entered. */
+void hm_fp8_begin(hm_fp8_recipe *r);
+int hm_fp8_site_count(const hm_fp8_recipe *r);
+/* Sites stand in the order in which they first came by, then those that are still to come (hm_fp8_expect); borrowed. */
+const hm_fp8_site *hm_fp8_site_get(const hm_fp8_recipe *r, int index);
+/* For checkpoints: forgets all sites; then tells of each that is to come, in order.  A product that comes by for the first time takes the first
+ * that fits: same op and place, or same op and with a weight.  Copies scale, amax, recorded and history of the slots. */
+void hm_fp8_forget(hm_fp8_recipe *r);
+int hm_fp8_expect(hm_fp8_recipe *r, const hm_fp8_site *like);
+
 /* ====== Autograd (autograd.c) ====== */
 
 /* Runs backward from n roots.  grads[i]: gradient of roots[i] (borrowed; NULL: ones, for a one-element root).  Gradients add into
@@ -410,6 +475,26 @@ typedef char *(*hm_trace_fn)(void);
 void hm_set_trace(hm_trace_fn fn);
 /* Name of the op that made t, or of the function; NULL for leaves and tensors without a graph. */
 const char *hm_grad_fn(const hm_tensor *t);
+/* 1 << dtype of t and of every tensor that carries its gradient to the leaves, the leaves among them. */
+uint32_t hm_graph_dtypes(const hm_tensor *t);
+
+/* A custom function that cuts a graph, and the parts above (towards the roots) and below it; ud is the function's, borrowed. */
+typedef struct hm_cut {
+  void *ud;
+  int above, below;
+} hm_cut;
+/* Parts of a graph, from 1: gradients of one part are added without passing a cut. */
+typedef struct hm_parts {
+  int n_parts, n_cuts, n_leaves;
+  hm_cut *cut;
+  int *asked; /* parts of the tensors that were asked for; 0: not in the graph */
+  int *leaf;  /* parts of the leaves that were not asked for */
+} hm_parts;
+/* The parts into which custom functions of this name cut the graph below n roots (parts.c).  Functions that a backward has freed cut, but are
+ * not listed.  The arrays of *out are the caller's. */
+int hm_graph_parts(hm_tensor *const *roots, int n_roots, const char *name, hm_tensor *const *asked, int n_asked,
+                   hm_parts *out);
+void hm_parts_free(hm_parts *p);
 
 /* A function with its own backward (Lua Functions).  Gradients of the n_out outputs come in (NULL: none arrived), gradients of the n_in inputs go
  * out (new references, NULL: none). */
@@ -672,6 +757,9 @@ int hm_scaler_update(hm_scaler *s, double new_scale, hm_update_record *record);
 bool hm_scaler_checked(const hm_scaler *s, const hm_optim *o, hm_step_record *record);
 /* The gradients at hand were made with this scale (1: they are unscaled already), until the next update() that has a check. */
 void hm_scaler_assume(hm_scaler *s, double scale);
+/* A check that was made elsewhere, as if step() had made it: for replays.  Its histogram and parameters are not told.  Not for a scaler
+ * that is disabled or late. */
+int hm_scaler_tell(hm_scaler *s, int64_t inf_count, int64_t nan_count, double amax, double norm);
 /* Events handed to policies so far, for checkpoints. */
 int64_t hm_scaler_get_step(const hm_scaler *s);
 void hm_scaler_set_step(hm_scaler *s, int64_t step);

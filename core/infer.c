@@ -175,9 +175,13 @@ int hm__reduce_spec(hm_opcall *c, hm_attr *dims, bool keepdim) {
   return status;
 }
 
+void hm__widen_integers(hm_opcall *c) {
+  if (!hm_dtype_is_float(c->dtype) && c->out_dtype == HM_NONE) c->spec[0].dtype = HM_I64;
+}
+
 int hm__infer_reduce(hm_opcall *c) {
   const int status = hm__reduce_spec(c, &c->attr[0], c->attr[1].i);
-  if (c->op == HM_OP_SUM && !hm_dtype_is_float(c->dtype)) c->spec[0].dtype = HM_I64;
+  if (c->op == HM_OP_SUM) hm__widen_integers(c);
   return status;
 }
 

@@ -324,8 +324,10 @@ static int padded(const hm_opcall *c, int ndim, const int64_t *shape, const hm_a
     const int64_t left = pad->v[2 * k], right = pad->v[2 * k + 1];
     const int status = mode == CONSTANT ? HM_OK : check_mode(c, mode, d, shape[d], left, right);
     if (status) return status;
-    out[d] += left + right;
-    if (out[d] < 0 || (left < 0 && -left > shape[d]) || (right < 0 && -right > shape[d]))
+    if (__builtin_add_overflow(shape[d], left, &out[d]) || __builtin_add_overflow(out[d], right, &out[d]))
+      return hm_fail(HM_ERR_ARG, "%s: pads {%lld, %lld} are too large for dim %d of x %s", NAME(c), (long long)left,
+                     (long long)right, d + 1, shape_text(ndim, shape, text));
+    if (out[d] < 0 || left < -shape[d] || right < -shape[d])
       return hm_fail(HM_ERR_ARG, "%s: pads {%lld, %lld} cut more than there is: dim %d of x %s", NAME(c),
                      (long long)left, (long long)right, d + 1, shape_text(ndim, shape, text));
   }

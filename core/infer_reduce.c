@@ -20,16 +20,11 @@ static bool same_shape(const hm_tensor *a, const hm_tensor *b) {
   return a->ndim == b->ndim && !memcmp(a->shape, b->shape, sizeof(int64_t) * (size_t)a->ndim);
 }
 
-/* Integers and bools are counted in int64. */
-static void widen_integers(hm_opcall *c) {
-  if (!hm_dtype_is_float(c->dtype)) c->spec[0].dtype = HM_I64;
-}
-
 /* ====== Reductions ====== */
 
 int hm__infer_reduce_dim(hm_opcall *c) { /* prod(x, dim?, keepdim) */
   const int status = hm__infer_reduce_index(c);
-  widen_integers(c);
+  hm__widen_integers(c);
   return status;
 }
 
@@ -89,6 +84,6 @@ int hm__infer_scan(hm_opcall *c) {
                      text_of(operand(c, 0), a), text_of(operand(c, i), b));
   }
   const int status = hm__infer_norm(c);
-  widen_integers(c);
+  hm__widen_integers(c);
   return status;
 }

@@ -125,7 +125,7 @@ static int pool_shape(hm_opcall *c, const hm_tensor *x, int first, hm_attr *dila
 
 /* max_pool2d and its kin: the index is the place in the window, one byte. */
 int hm__infer_pool(hm_opcall *c) {
-  const bool backward = c->op == HM_OP_MAX_POOL2D_BACKWARD;
+  const bool relu = c->op == HM_OP_MAX_POOL2D_RELU_BACKWARD, backward = relu || c->op == HM_OP_MAX_POOL2D_BACKWARD;
   const int first = backward ? 1 : 0;
   hm_tensor image;
   int64_t shape[4];
@@ -140,8 +140,9 @@ int hm__infer_pool(hm_opcall *c) {
     return hm_fail(HM_ERR_ARG, "%s: a window of %lld places is too large; at most 256", NAME(c),
                    (long long)(kernel[0] * kernel[1]));
   if (backward) status = check_shape(c, 0, shape);
-  if (!status && c->info->n_in == 2) status = check_shape(c, 1, shape);
-  if (!status && c->info->n_in == 2) status = check_index(c, 1, HM_U8);
+  if (!status && c->info->n_in > 1) status = check_shape(c, 1, shape);
+  if (!status && c->info->n_in > 1) status = check_index(c, 1, HM_U8);
+  if (!status && relu) status = check_shape(c, 2, shape);
   image_spec(c, 0, backward ? x->shape : shape);
   if (c->op == HM_OP_MAX_POOL2D) image_spec(c, 1, shape);
   return status;

@@ -403,7 +403,6 @@ static int write_npy(hm_file *f, void *ud) {
 /* Fills in a job; header: its text.  owned: hm_free. */
 static int prepare(const hm_tensor *t, const char *path, char header[HM_NPY_HEADER], hm_npy_job *job, void **owned) {
   *owned = NULL;
-  if (hm_tensor_is_dropped(t)) return hm_fail(HM_ERR_ARG, "npy: %s: the tensor was released", path);
   job->header = header;
   job->header_bytes = hm__npy_header(t, path, header);
   job->bytes = (size_t)t->numel * (size_t)hm_dtype_size(t->dtype);
@@ -525,8 +524,6 @@ static int write_npz(hm_file *f, void *ud) {
 int hm_npz_save(const char *path, const hm_named *entries, int n) {
   char header[HM_NPY_HEADER];
   for (int i = 0; i < n; i++) { /* what cannot be written is told before anything is */
-    if (hm_tensor_is_dropped(entries[i].tensor))
-      return hm_fail(HM_ERR_ARG, "npz: %s: tensor \"%s\" was released", path, entries[i].name);
     if (hm__npy_header(entries[i].tensor, path, header) == 0) return HM_ERR_DTYPE;
     for (int k = 0; k < i; k++) {
       if (strcmp(entries[i].name, entries[k].name) == 0)

@@ -31,6 +31,8 @@ typedef struct hm_opcall {
   int out_dtype; /* asked for by the caller, or HM_NONE */
   int device;
   bool inplace;
+  bool grad;               /* gradients were on when the call began */
+  struct hm_fp8_site *fp8; /* of a product on 8-bit operands (fp8.h), owned by the call; else NULL */
   hm_out_spec spec[HM_MAX_OUT];
   hm_tensor *out[HM_MAX_OUT]; /* view ops set them in infer; else dispatch allocates */
 } hm_opcall;
@@ -39,6 +41,8 @@ typedef struct hm_opcall {
 int hm__infer_elementwise(hm_opcall *c);
 int hm__infer_reduce(hm_opcall *c);
 int hm__infer_reduce_index(hm_opcall *c); /* max_dim, min_dim, argmax, argmin */
+/* Sums and products of integers and bools are int64 unless the caller asked for another dtype. */
+void hm__widen_integers(hm_opcall *c);
 /* The shape of a reduction of operand 0 over a dims attribute, which is completed. */
 int hm__reduce_spec(hm_opcall *c, hm_attr *dims, bool keepdim);
 int hm__infer_index(hm_opcall *c);
@@ -67,7 +71,7 @@ int hm__infer_group_norm(hm_opcall *c);
 /* infer_loss.c */
 int hm__infer_nll_loss(hm_opcall *c);
 /* infer_window.c: pools, interpolation */
-int hm__infer_pool(hm_opcall *c); /* max_pool2d, its gradient, max_pool2d_pick */
+int hm__infer_pool(hm_opcall *c); /* max_pool2d, its gradients, max_pool2d_pick */
 int hm__infer_average_pool(hm_opcall *c);
 int hm__infer_adaptive_pool(hm_opcall *c);
 int hm__infer_interpolate(hm_opcall *c);
@@ -99,6 +103,9 @@ int hm__infer_composite(hm_opcall *c);
 /* its part in composite_loss.c: the second derivatives of cross_entropy */
 int hm__cross_entropy_by_g(hm_opcall *c);
 int hm__cross_entropy_by_x(hm_opcall *c);
+/* its part in composite_prod.c: the second derivatives of prod and cumprod */
+int hm__prod_backward_backward(hm_opcall *c);
+int hm__cumprod_backward_backward(hm_opcall *c);
 
 /* copy_ from a tensor on another device (composite.c): recorded as a move and a copy_ over there.  *out: a new reference to x. */
 int hm__copy_across(hm_tensor *x, hm_tensor *src, hm_tensor **out);
@@ -115,6 +122,8 @@ int hm__call_with(const hm_op_info *info, const hm_arg *in, hm_run_fn run, void 
 
 /* in[i] as row-major / channels-last memory: replaces it by a temporary copy where needed, counting a layout copy. */
 int hm__want_contiguous(hm_opcall *c, int i);
+/* Puts t (taken over) in the place of operand i. */
+void hm__replace_operand(hm_opcall *c, int i, hm_tensor *t);
 int hm__want_channels_last(hm_opcall *c, int i);
 /* Wraps a negative dim; HM_ERR_SHAPE with op, range and hint when it is out of range. */
 int hm__wrap_dim(const hm_opcall *c, int64_t *dim, int ndim);

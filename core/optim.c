@@ -40,11 +40,11 @@ static int check_param(const hm_optim *o, hm_tensor *const *params, int index) {
   const hm_tensor *p = params[index];
   const char *name = hm_optim_kind_name(o->kind);
   char text[128];
-  if (!p || hm_tensor_is_dropped(p))
-    return hm_fail(HM_ERR_ARG, "%s: parameter %d is %s", name, index + 1, p ? "released" : "missing");
+  if (!p) return hm_fail(HM_ERR_ARG, "%s: parameter %d is missing", name, index + 1);
   hm_describe(p, text, sizeof text);
-  if (!hm_dtype_is_float(p->dtype)) {
-    return hm_fail(HM_ERR_DTYPE, "%s: parameter %d is %s: a floating dtype was expected", name, index + 1, text);
+  if (!hm_dtype_is_float(p->dtype) || hm_dtype_is_f8(p->dtype)) {
+    return hm_fail(HM_ERR_DTYPE, "%s: parameter %d is %s: a floating dtype of 16 bits or more was expected", name,
+                   index + 1, text);
   }
   if (!hm_tensor_is_leaf(p)) {
     return hm_fail(HM_ERR_ARG,

@@ -105,9 +105,6 @@ bool hm__takes_part(const hm_tensor *p, bool wanted_only) { return p->grad && (p
 static int check_grad(const char *op, const hm_tensor *p, int index) {
   const hm_tensor *g = p->grad;
   char a[128], b[128];
-  if (hm_tensor_is_dropped(p)) return hm_fail(HM_ERR_ARG, "%s: parameter %d was released", op, index + 1);
-  if (hm_tensor_is_dropped(g))
-    return hm_fail(HM_ERR_ARG, "%s: the gradient of parameter %d was released", op, index + 1);
   if (!hm__same_shape(p, g)) {
     return hm_fail(HM_ERR_SHAPE, "%s: the gradient of parameter %d has another shape: it is %s, the parameter is %s",
                    op, index + 1, hm_describe(g, a, sizeof a), hm_describe(p, b, sizeof b));

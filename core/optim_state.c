@@ -67,7 +67,7 @@ int hm_optim_set_state(hm_optim *o, int index, const char *name, hm_tensor *valu
                    index + 1, name, hm_describe(p, a, sizeof a));
   }
   if (value) {
-    if (hm_tensor_is_dropped(value) || !hm_dtype_is_float(value->dtype) || !hm__same_shape(p, value)) {
+    if (!hm_dtype_is_float(value->dtype) || !hm__same_shape(p, value)) {
       return hm_fail(HM_ERR_SHAPE, "%s: %s of parameter %d does not fit: it is %s, the parameter is %s", op, name,
                      index + 1, hm_describe(value, a, sizeof a), hm_describe(p, b, sizeof b));
     }

@@ -76,6 +76,7 @@ void hm_region_release(hm_region *r) {
     hm__node_release(r->arg[i].node);
   }
   hm_region_release(r->outer);
+  hm_fp8_recipe_release(r->mode.fp8);
   if (r->drop) r->drop(r->ud);
   hm_free(r->arg);
   hm_free(r->marks);
@@ -127,6 +128,7 @@ int hm_region_new(hm_tensor *const *args, int n, const hm_region_options *option
   r->drop = drop;
   r->arg = list;
   r->mode = *hm_mode_current();
+  hm_fp8_recipe_retain(r->mode.fp8);
   if (r->mode.cls) {
     memcpy(r->cls, r->mode.cls, sizeof r->cls);
     r->mode.cls = r->cls;
@@ -246,7 +248,7 @@ static int make_argument(hm_region *r, argument *a, hm_tensor **out) {
         "checkpoint: an argument, %s, was changed in place after the forward (version %u, expected %u)\n  hint: use the form that makes a new tensor",
         hm_describe(s->arg.t, text, sizeof text), version, s->version);
   }
-  if (a->node && a->node->leaf && !hm_tensor_is_dropped(a->node->leaf)) {
+  if (a->node && a->node->leaf) {
     *out = hm_tensor_retain(a->node->leaf);
   } else {
     const int status = hm_alias(s->arg.t, out);

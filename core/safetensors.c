@@ -30,7 +30,16 @@ enum { HM_MAX_HEADER = 100 * 1000 * 1000, HM_CHUNK = 1 << 22 };
 
 /* X(dtype, name in files).  Grep HM_DTYPE_MAP when a dtype is added. */
 #define HM_ST_DTYPES(X)                                                                                                \
-  X(BOOL, "BOOL") X(U8, "U8") X(I32, "I32") X(I64, "I64") X(F16, "F16") X(BF16, "BF16") X(F32, "F32") X(F64, "F64")
+  X(BOOL, "BOOL")                                                                                                      \
+  X(U8, "U8")                                                                                                          \
+  X(I32, "I32")                                                                                                        \
+  X(I64, "I64")                                                                                                        \
+  X(F16, "F16")                                                                                                        \
+  X(BF16, "BF16")                                                                                                      \
+  X(F32, "F32")                                                                                                        \
+  X(F64, "F64")                                                                                                        \
+  X(F8_E4M3, "F8_E4M3")                                                                                                \
+  X(F8_E5M2, "F8_E5M2")
 
 static const char *file_dtype(int dtype) {
   switch (dtype) {
@@ -163,9 +172,10 @@ static int parse_entry(const hm_safetensors *f, const char *name, const json_t *
   if (!json_is_string(dtype)) return entry_fail(f, name, "dtype", "a string", dtype);
   e->dtype = parse_dtype(json_string_value(dtype));
   if (e->dtype == HM_NONE) {
-    return hm_fail(HM_ERR_FORMAT,
-                   "safetensors: %s: tensor \"%s\" has dtype %s: BOOL U8 I32 I64 F16 BF16 F32 F64 are supported",
-                   f->path, name, json_string_value(dtype));
+    return hm_fail(
+        HM_ERR_FORMAT,
+        "safetensors: %s: tensor \"%s\" has dtype %s: BOOL U8 I32 I64 F8_E4M3 F8_E5M2 F16 BF16 F32 F64 are supported",
+        f->path, name, json_string_value(dtype));
   }
   int64_t bytes = 0;
   int rc = parse_shape(f, json_object_get(value, "shape"), e, &bytes);
@@ -509,11 +519,6 @@ static int write_all(hm_file *f, void *ud) {
 }
 
 int hm_safetensors_save(const char *path, const hm_named *entries, int n, const hm_pair *metadata, int n_metadata) {
-  for (int i = 0; i < n; i++) {
-    if (hm_tensor_is_dropped(entries[i].tensor)) {
-      return hm_fail(HM_ERR_ARG, "safetensors: %s: tensor \"%s\" was released", path, entries[i].name);
-    }
-  }
   hm_st_plan *plan = hm_alloc(((size_t)n + 1) * sizeof *plan);
   if (!plan) return HM_ERR_MEMORY;
   for (int i = 0; i < n; i++) plan[i] = (hm_st_plan){entries[i].tensor, entries[i].name, i};

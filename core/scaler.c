@@ -200,7 +200,6 @@ void hm_scaler_want(hm_scaler *s, bool histogram, bool per_param) {
 }
 
 int hm_scaler_scale(hm_scaler *s, hm_tensor *loss, hm_tensor **out) {
-  if (hm_tensor_is_dropped(loss)) return hm_fail(HM_ERR_ARG, "scale: the tensor was released");
   if (!s->enabled) {
     *out = hm_tensor_retain(loss);
     return HM_OK;
@@ -641,6 +640,14 @@ bool hm_scaler_checked(const hm_scaler *s, const hm_optim *o, hm_step_record *re
 void hm_scaler_assume(hm_scaler *s, double scale) {
   s->made_with = scale;
   s->pending = true;
+}
+
+int hm_scaler_tell(hm_scaler *s, int64_t inf_count, int64_t nan_count, double amax, double norm) {
+  if (!s->enabled) return hm_fail(HM_ERR_STATE, "tell: the scaler is disabled");
+  if (s->late) return hm_fail(HM_ERR_STATE, "tell: the scaler works without waits, on a device");
+  if (s->n_rounds == HM_MAX_ROUNDS) return hm_fail(HM_ERR_STATE, "tell: call update() after each step");
+  s->round[s->n_rounds++] = (hm_finding){inf_count, nan_count, norm * norm, amax, gradient_scale(s)};
+  return HM_OK;
 }
 
 /* All optimizers are READY again.  Gradients that no one has looked at yet keep their scale. */

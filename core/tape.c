@@ -162,12 +162,20 @@ static int make_edge(hm_edge *e, hm_tensor *t, bool wanted, bool f32) {
     return HM_OK;
   }
   e->nr = t->node ? t->out_nr : 0;
-  e->dtype = f32 && (t->dtype == HM_F16 || t->dtype == HM_BF16) ? HM_F32 : t->dtype;
+  const bool half = t->dtype == HM_F16 || t->dtype == HM_BF16;
+  e->dtype = hm_dtype_is_f8(t->dtype) || (f32 && half) ? HM_F32 : t->dtype; /* no gradient is rounded to 8 bits */
   e->ndim = t->ndim;
   e->device = (int16_t)hm_tensor_device(t);
   memcpy(e->shape, t->shape, sizeof(int64_t) * (size_t)t->ndim);
   return wanted ? hm__grad_target(t, &e->node) : HM_OK;
 }
+
+/* What hm_graph_dtypes() tells of an input that wants a gradient. */
+static void note_dtype(hm_node *n, const hm_edge *e, const hm_tensor *t) {
+  if (e->node) n->dtypes = (uint16_t)(n->dtypes | 1u << t->dtype | e->node->dtypes);
+}
+
+uint32_t hm_graph_dtypes(const hm_tensor *t) { return 1u << t->dtype | (t->node ? t->node->dtypes : 0u); }
 
 /* A weight as it is: it lives on anyway, so a region need not compute it again. */
 static bool is_leaf_itself(const hm_arg *a, const hm_tensor *src) {
@@ -212,6 +220,21 @@ static bool is_dead_end(const hm_opcall *c) {
   for (int i = 0; i < c->info->n_in; i++)
     if (c->src[i].kind == HM_ARG_TENSOR && c->src[i].t->requires_grad) return true;
   return false;
+}
+
+int hm__check_derivatives(const hm_opcall *c) {
+  const hm_op_info *info = c->info;
+  if (!hm_mode_current()->grad || !info->differentiable) return HM_OK;
+  for (int i = 0; i < info->n_in; i++) {
+    if ((info->diff_in >> i & 1) || info->in[i].mutated || c->src[i].kind != HM_ARG_TENSOR ||
+        !c->src[i].t->requires_grad || strstr(info->name, "_backward"))
+      continue;
+    char text[160];
+    const char *name = info->in[i].name;
+    return hm_fail(HM_ERR_STATE, "%s: the %s has no derivative, and this one wants a gradient: %s\n  hint: %s:detach()",
+                   info->name, name, hm_describe(c->src[i].t, text, sizeof text), name);
+  }
+  return HM_OK;
 }
 
 bool hm__needs_record(const hm_opcall *c) {
@@ -287,7 +310,10 @@ int hm__record(hm_opcall *c) {
   int status = HM_OK;
   for (int i = 0; i < c->info->n_in && !status; i++) {
     const bool wanted = (c->info->diff_in >> i & 1) || !c->info->differentiable; /* a dead end leads to all */
-    if (c->src[i].kind == HM_ARG_TENSOR) status = make_edge(&n->edge[i], c->src[i].t, wanted, n->backward_f32);
+    if (c->src[i].kind == HM_ARG_TENSOR) {
+      status = make_edge(&n->edge[i], c->src[i].t, wanted, n->backward_f32);
+      note_dtype(n, &n->edge[i], c->src[i].t);
+    }
     if (!status && (in >> i & 1)) status = save(n, &n->in[i], c->info->in[i].name, &c->in[i], c->src[i].t);
   }
   if (n->attr) memcpy(n->attr, c->attr, sizeof(hm_attr) * (size_t)c->info->n_attr);
@@ -363,7 +389,10 @@ static int save_custom(hm_node *n, hm_custom *custom, const hm_custom_options *o
 static int record_custom(hm_node *n, hm_tensor *const *in, hm_tensor *const *out, const hm_custom_options *o) {
   const char *name = n->custom->name;
   int status = HM_OK;
-  for (int i = 0; i < n->n_in && !status; i++) status = make_edge(&n->edge[i], in[i], true, false);
+  for (int i = 0; i < n->n_in && !status; i++) {
+    status = make_edge(&n->edge[i], in[i], true, false);
+    note_dtype(n, &n->edge[i], in[i]);
+  }
   for (int i = 0; i < n->n_out && !status; i++) {
     if (out[i]->node || out[i]->requires_grad)
       status = hm_fail(HM_ERR_STATE, "%s: output %d already has a graph\n  hint: compute outputs inside hm.no_grad",

@@ -245,7 +245,6 @@ int hm__tensor_by_spec(const hm_out_spec *spec, int device, hm_tensor **out) {
 
 int hm_alias(hm_tensor *t, hm_tensor **out) {
   *out = NULL;
-  if (hm_tensor_is_dropped(t)) return hm_fail(HM_ERR_STATE, "alias: the tensor was released");
   return hm__tensor_on(t->storage, t->dtype, t->ndim, t->shape, t->stride, t->offset, out);
 }
 
@@ -267,7 +266,6 @@ int hm_as_strided(hm_tensor *t, int ndim, const int64_t *shape, const int64_t *s
   *out = NULL;
   int64_t numel;
   size_t bytes;
-  if (hm_tensor_is_dropped(t)) return hm_fail(HM_ERR_STATE, "as_strided: the tensor was released");
   int status = measure(ndim, shape, t->dtype, &numel, &bytes);
   if (status) return status;
   for (int d = 0; d < ndim; d++) {
@@ -290,7 +288,7 @@ hm_tensor *hm_tensor_retain(hm_tensor *t) {
 }
 
 /* Lets go of everything a tensor holds but its gradient, which is returned.  An accumulator owns its leaf, not the
- * other way round: it is gone when the last reference goes, and passes its gradient by when the leaf was dropped. */
+ * other way round: it is gone when the last reference goes. */
 static hm_tensor *empty_out(hm_tensor *t) {
   hm_tensor *grad = t->grad;
   hm_node *node = t->node;
@@ -312,24 +310,16 @@ void hm_tensor_release(hm_tensor *t) {
   }
 }
 
-void hm_tensor_drop(hm_tensor *t) {
-  hm_tensor_release(empty_out(t));
-  t->requires_grad = false;
-  t->retains_grad = false;
-}
-
-bool hm_tensor_is_dropped(const hm_tensor *t) { return t->storage == NULL; }
-
 /* ====== Reading ====== */
 
-int hm_tensor_device(const hm_tensor *t) { return t->storage ? t->storage->device : HM_CPU; }
+int hm_tensor_device(const hm_tensor *t) { return t->storage->device; }
 
 void *hm_tensor_data(const hm_tensor *t) {
-  if (!t->storage || !t->storage->data) return NULL;
+  if (!t->storage->data) return NULL;
   return (char *)t->storage->data + t->offset * hm_dtype_size(t->dtype);
 }
 
-uint32_t hm_tensor_version(const hm_tensor *t) { return t->storage ? t->storage->version : 0; }
+uint32_t hm_tensor_version(const hm_tensor *t) { return t->storage->version; }
 
 bool hm_tensor_is_leaf(const hm_tensor *t) { return t->node == NULL; }
 
@@ -364,8 +354,7 @@ const char *hm_describe(const hm_tensor *t, char *buffer, size_t size) {
   size_t n = 0;
   for (int d = 0; d < t->ndim; d++)
     n += (size_t)snprintf(dims + n, sizeof dims - n, d ? ",%lld" : "%lld", (long long)t->shape[d]);
-  if (hm_tensor_is_dropped(t)) snprintf(buffer, size, "%s[%s], released", hm_dtype_short(t->dtype), dims);
-  else snprintf(buffer, size, "%s[%s] on %s", hm_dtype_short(t->dtype), dims, hm_device_name(t->storage->device));
+  snprintf(buffer, size, "%s[%s] on %s", hm_dtype_short(t->dtype), dims, hm_device_name(t->storage->device));
   return buffer;
 }
 
@@ -478,7 +467,6 @@ static int to_host_from_device(const hm_tensor *t, void *data, int data_dtype) {
 }
 
 int hm_to_host(const hm_tensor *t, void *data, int data_dtype) {
-  if (hm_tensor_is_dropped(t)) return hm_fail(HM_ERR_STATE, "reading a tensor: the tensor was released");
   if (t->numel == 0) return HM_OK;
   if (t->storage->device != HM_CPU) return to_host_from_device(t, data, data_dtype);
   hm_view src, dst;
@@ -489,7 +477,6 @@ int hm_to_host(const hm_tensor *t, void *data, int data_dtype) {
 
 int hm_item(const hm_tensor *t, double *f, int64_t *i) {
   char name[256];
-  if (hm_tensor_is_dropped(t)) return hm_fail(HM_ERR_STATE, "item: the tensor was released");
   if (t->numel != 1)
     return hm_fail(HM_ERR_SHAPE, "item: expected a tensor of one element, came %s\n  hint: totable() gives all of them",
                    hm_describe(t, name, sizeof name));
@@ -507,7 +494,6 @@ int hm_item(const hm_tensor *t, double *f, int64_t *i) {
 
 int hm_set_requires_grad(hm_tensor *t, bool on) {
   char name[256];
-  if (hm_tensor_is_dropped(t)) return hm_fail(HM_ERR_STATE, "requires_grad: the tensor was released");
   if (t->requires_grad == on) return HM_OK;
   if (t->node)
     return hm_fail(HM_ERR_STATE,
@@ -516,6 +502,11 @@ int hm_set_requires_grad(hm_tensor *t, bool on) {
                    hm_describe(t, name, sizeof name));
   if (on && !hm_dtype_is_float(t->dtype))
     return hm_fail(HM_ERR_DTYPE, "requires_grad: expected a floating dtype, came %s",
+                   hm_describe(t, name, sizeof name));
+  if (on && hm_dtype_is_f8(t->dtype))
+    return hm_fail(HM_ERR_DTYPE,
+                   "requires_grad: 8-bit floats are for storing and converting, came %s\n  hint: keep the parameter "
+                   "in float32 and convert copies",
                    hm_describe(t, name, sizeof name));
   t->requires_grad = on;
   return HM_OK;
@@ -529,8 +520,6 @@ static bool same_shape(const hm_tensor *a, const hm_tensor *b) {
 int hm_set_grad(hm_tensor *t, hm_tensor *grad) {
   char want[256], came[256];
   if (grad) {
-    if (hm_tensor_is_dropped(t) || hm_tensor_is_dropped(grad))
-      return hm_fail(HM_ERR_STATE, "grad: the tensor was released");
     if (grad == t) return hm_fail(HM_ERR_ARG, "grad: a tensor cannot be its own gradient");
     bool fits = same_shape(t, grad) && t->storage->device == grad->storage->device;
     if (!hm_dtype_is_float(t->dtype) || !fits || t->dtype != grad->dtype)
@@ -678,7 +667,7 @@ static bool hook_remove(hm_hook **list, int64_t id) {
 static int replace_grad(hm_tensor **grad, hm_tensor *replacement) {
   char want[256], came[256];
   hm_tensor *old = *grad;
-  if (hm_tensor_is_dropped(replacement) || !same_shape(old, replacement) || old->dtype != replacement->dtype ||
+  if (!same_shape(old, replacement) || old->dtype != replacement->dtype ||
       hm_tensor_device(old) != hm_tensor_device(replacement)) {
     int status =
         hm_fail(HM_ERR_SHAPE, "register_hook: expected a gradient like the one that came, %s; the hook gave %s",

@@ -47,7 +47,6 @@ const char *hm_kernel_name(const hm_kernel *k) { return k->name; }
 /* One tensor as the kernel gets it. */
 static int read_tensor(const hm_kernel *k, int i, const hm_tensor *t, hm_user_arg *a) {
   char text[160];
-  if (hm_tensor_is_dropped(t)) return hm_fail(HM_ERR_STATE, "kernel %s: argument %d was released", k->name, i + 1);
   if (hm_tensor_device(t) != k->device)
     return hm_fail(HM_ERR_DEVICE,
                    "kernel %s: argument %d is %s, the kernel was compiled for %s\n  hint: move it with :to(\"%s\")",

@@ -409,7 +409,6 @@ int hm__infer_view(hm_opcall *c) {
   if (c->in[0].kind != HM_ARG_TENSOR)
     return hm_fail(HM_ERR_ARG, "%s: expected a tensor, came %s", op_name(c),
                    c->in[0].kind == HM_ARG_NONE ? "nothing" : "a number");
-  if (hm_tensor_is_dropped(source(c))) return hm_fail(HM_ERR_STATE, "%s: the tensor was released", op_name(c));
   switch (c->op) {
   case HM_OP_VIEW: return infer_shape(c, false);
   case HM_OP_RESHAPE: return infer_shape(c, true);

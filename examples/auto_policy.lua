@@ -3,11 +3,13 @@
 --     build/halfmoon examples/auto_policy.lua            -- a small network, a second or so
 --     build/halfmoon examples/auto_policy.lua --cnn      -- and the demo's network on a few hundred images
 --
--- Two things are counted in each run in float16: steps that were skipped, and gradients that were lost.  Lost means:
--- not zero where the same step has its backward pass in float32, and zero in float16; of a skipped step, all of them.
+-- Two things are counted in each run in float16: steps that were skipped, and gradients of parameters that were lost.
+-- Lost means: not zero where the same step has its backward pass in float32, and zero in float16 (flushed); of a skipped
+-- step, all of them.  Gradients inside the network are not counted here; scripts/simulate_policies.lua counts those.
 -- "drift": the loss of a small network is multiplied by a factor that goes from 2^-20 to 2^20 and back, twice.
 --
--- The best static scale is found in hindsight: several powers of two are tried, and the one that loses least is shown.
+-- The best static scale is found in hindsight: several powers of two are tried, and the one that loses least is
+-- shown, the smallest if several lose the same.
 
 local hm = require "halfmoon"
 local nn, optim, amp, data = hm.nn, hm.optim, hm.amp, hm.data

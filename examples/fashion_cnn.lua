@@ -4,6 +4,7 @@
 --     build/halfmoon examples/fashion_cnn.lua --dtype bf16 --epochs 5 --save build/cnn.safetensors
 --     build/halfmoon examples/fashion_cnn.lua --dtype f16 --policy examples/policies/cautious.lua
 --     build/halfmoon examples/fashion_cnn.lua --dtype bf16 --device cuda
+--     build/halfmoon examples/fashion_cnn.lua --dtype f16 --epochs 1 --record gradients.jsonl
 --
 -- Read it from top to bottom: the network, one epoch of training, the test, a whole run, the command line.
 
@@ -51,6 +52,7 @@ local function train_epoch(run, title)
     -- The loss is scaled up, so that small gradients do not vanish in float16.  step() divides the gradients again, and
     -- skips the step if one of them overflowed; update() asks the policy for the next scale.
     run.scaler:scale(loss):backward()
+    if run.recording then run.recording:step() end
     local stepped = run.scaler:step(run.opt)
     run.scaler:update()
     run.schedule:step(stepped)
@@ -102,8 +104,15 @@ local function loader_of(dataset, opt, train)
   }
 end
 
+--- Records the gradients for scripts/simulate_policies.lua: the backward is in float32, and no step is skipped.
+local function record(run, path)
+  run.recording = amp.record_gradients(path, run.model)
+  run.scaler = amp.GradScaler {enabled = false}
+  run.low = run.low and {dtype = run.low, backward = "float32"}
+end
+
 --- Trains one network.  sets: {train =, test =} data sets; opt: the values of the command line.
-local function train(dtype, sets, opt)
+local function train(dtype, sets, opt, record_to)
   local memory = opt.device == "cpu" and hm.cpu or hm.cuda -- of the tensors
   collectgarbage() -- what the last run left behind is not this one's memory
   memory.trim(opt.device)
@@ -122,11 +131,13 @@ local function train(dtype, sets, opt)
   run.scaler = amp.GradScaler {
     enabled = dtype == "f16", init_scale = 2.0 ^ 16, growth_interval = opt["growth-interval"], policy = opt.policy,
   }
+  if record_to then record(run, record_to) end
 
   local seconds = 0
   for epoch = 1, opt.epochs do
     seconds = seconds + train_epoch(run, ("%-4s epoch %d/%d"):format(dtype, epoch, opt.epochs))
   end
+  if run.recording then run.recording:close() end
   local accuracy = test(run.model, loader_of(sets.test, opt, false), run.low)
 
   local last = math.min(100, #run.losses)
@@ -152,7 +163,7 @@ local function print_table(results)
   print("train loss: mean of the last 100 steps; peak memory: tensors, without the data set\n")
 end
 
---- Where the weights of one run go: the name of its dtype comes in when there are several.
+--- Where the weights or the recording of one run go: the name of its dtype comes in when there are several.
 local function save_path(path, dtype, several)
   if not several then return path end
   local stem, suffix = path:match("^(.*)(%.[^./]*)$")
@@ -175,6 +186,8 @@ local OPTIONS = {
     if not ok then return "cannot be used: " .. message:gsub("^.-empty: ", "") end
   end},
   {"save", "", "where to save the trained weights (safetensors)"},
+  {"record", "", "where to record the gradients for scripts/simulate_policies.lua; the backward is then in float32, "
+    .. "and without a scaler, so --policy and --growth-interval do not count"},
   {"data", "", "folder of the Fashion-MNIST files; default: where Debian's package puts them"},
   {"limit", 0, "use the first N images only (0: all)"},
 }
@@ -189,7 +202,9 @@ local function main(opt)
     #sets.train, #sets.test, opt.batch, opt.epochs, features.isa, features.threads))
   local results = {}
   for i, dtype in ipairs(dtypes) do
-    local result = train(dtype, sets, opt)
+    local record_to = opt.record ~= "" and save_path(opt.record, dtype, #dtypes > 1) or nil
+    local result = train(dtype, sets, opt, record_to)
+    result.recorded = record_to
     if opt.save ~= "" then
       result.path = save_path(opt.save, dtype, #dtypes > 1)
       local about = {dtype = dtype, accuracy = ("%.4f"):format(result.accuracy)}
@@ -201,6 +216,7 @@ local function main(opt)
   print_table(results)
   for _, r in ipairs(results) do
     if r.path then print("saved " .. r.path) end
+    if r.recorded then print("recorded " .. r.recorded) end
   end
   return results
 end

@@ -49,7 +49,8 @@ typedef enum hm_status {
 
 typedef enum hm_kind { HM_KIND_BOOL, HM_KIND_INT, HM_KIND_FLOAT } hm_kind;
 
-/* X(id, long name, short name, bytes, kind).  Order is promotion order inside a kind.  Append-only: files store names, never ids. */
+/* X(id, long name, short name, bytes, kind).  Order is promotion order inside a kind, but for the 8-bit floats, which promote to nothing: they are
+ * stored, copied, filled and converted, and no other kernel sees one.  Append-only: files store names, never ids. */
 #define HM_DTYPE_MAP(X)                                                                                                \
   X(BOOL, "bool", "bool", 1, BOOL)                                                                                     \
   X(U8, "uint8", "u8", 1, INT)                                                                                         \
@@ -58,7 +59,9 @@ typedef enum hm_kind { HM_KIND_BOOL, HM_KIND_INT, HM_KIND_FLOAT } hm_kind;
   X(F16, "float16", "f16", 2, FLOAT)                                                                                   \
   X(BF16, "bfloat16", "bf16", 2, FLOAT)                                                                                \
   X(F32, "float32", "f32", 4, FLOAT)                                                                                   \
-  X(F64, "float64", "f64", 8, FLOAT)
+  X(F64, "float64", "f64", 8, FLOAT)                                                                                   \
+  X(F8_E4M3, "float8_e4m3", "f8_e4m3", 1, FLOAT)                                                                       \
+  X(F8_E5M2, "float8_e5m2", "f8_e5m2", 1, FLOAT)
 
 typedef enum hm_dtype {
   HM_NONE = -1, /* "no dtype given" */
@@ -87,6 +90,9 @@ static inline hm_kind hm_dtype_kind(int dtype) {
 }
 
 static inline bool hm_dtype_is_float(int dtype) { return hm_dtype_kind(dtype) == HM_KIND_FLOAT; }
+
+/* The formats of one byte, which are for storing and converting only. */
+static inline bool hm_dtype_is_f8(int dtype) { return dtype == HM_F8_E4M3 || dtype == HM_F8_E5M2; }
 
 /* Long name ("float16"); "none" for HM_NONE. */
 static inline const char *hm_dtype_name(int dtype) {

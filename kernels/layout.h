@@ -66,6 +66,20 @@ static inline int64_t hm__loop_make(hm_loop *l, const hm_view *out, int n_in, co
   return numel;
 }
 
+/* A view without dim `dim`; *step: that dim's stride. */
+static inline hm_view hm__without_dim(const hm_view *v, int dim, int64_t *step) {
+  hm_view w = *v;
+  *step = v->ndim ? v->stride[dim] : 0;
+  if (v->ndim == 0) return w;
+  w.ndim = 0;
+  for (int d = 0; d < v->ndim; d++) {
+    if (d == dim) continue;
+    w.shape[w.ndim] = v->shape[d];
+    w.stride[w.ndim++] = v->stride[d];
+  }
+  return w;
+}
+
 /* The share of thread `index` of `threads` in [0, n), in units of `grain`. */
 static inline void hm__share(int64_t n, int64_t grain, int index, int threads, int64_t *first, int64_t *last) {
   const int64_t units = (n + grain - 1) / grain;

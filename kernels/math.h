@@ -473,6 +473,40 @@ HM_FN float hm_round_f32(float x) {
   return hm__with_sign_f32(hm__pick_f32(a < 8388608.0f, r, a), x);
 }
 
+/* ====== Rounding to the 8-bit floats of half.h, saturating: beyond the largest number, infinities too, comes that; NaN stays ====== */
+
+/* Keeps `mantissa` bits of float32's 23; below `least`, the smallest normal number, adding `magic` rounds to subnormals. */
+HM_FN float hm__round_f8_f32(float x, int mantissa, float least, float magic, float most) {
+  const uint32_t u = hm_f32_bits(x) & 0x7fffffffu;
+  const int drop = 23 - mantissa;
+  const uint32_t half = (1u << (drop - 1)) - 1;
+  const float a = hm_bits_f32(u);
+  const float normal = hm_bits_f32((u + half + (u >> drop & 1u)) >> drop << drop);
+  const float small = (a + magic) - magic;
+  const float r = hm__pick_f32(a < least, small, normal);
+  const float held = hm__pick_f32(r > most, most, r);
+  return hm__with_sign_f32(hm__pick_f32(a == a, held, a), x);
+}
+
+HM_FN float hm_round_e4m3_f32(float x) { return hm__round_f8_f32(x, 3, 0.015625f, 16384.0f, 448.0f); }
+HM_FN float hm_round_e5m2_f32(float x) { return hm__round_f8_f32(x, 2, 6.103515625e-5f, 128.0f, 57344.0f); }
+
+HM_FN double hm__round_f8_f64(double x, int mantissa, double least, double magic, double most) {
+  const uint64_t u = hm_f64_bits(x) & 0x7fffffffffffffffu, sign = hm_f64_bits(x) & 0x8000000000000000u;
+  const int drop = 52 - mantissa;
+  const uint64_t half = ((uint64_t)1 << (drop - 1)) - 1;
+  const double a = hm_bits_f64(u);
+  const double normal = hm_bits_f64((u + half + (u >> drop & 1u)) >> drop << drop);
+  const double small = (a + magic) - magic;
+  const double r = hm__pick_f64(a < least, small, normal);
+  const double held = hm__pick_f64(r > most, most, r);
+  return hm_bits_f64(hm_f64_bits(hm__pick_f64(a == a, held, a)) | sign);
+}
+
+/* magic: 1.0 has its last place 2^-52, so the smallest subnormal times 2^52. */
+HM_FN double hm_round_e4m3_f64(double x) { return hm__round_f8_f64(x, 3, 0.015625, 8796093022208.0, 448.0); }
+HM_FN double hm_round_e5m2_f64(double x) { return hm__round_f8_f64(x, 2, 6.103515625e-5, 68719476736.0, 57344.0); }
+
 /* ====== float64: the C library's ====== */
 
 HM_FN double hm_log2_f64(double x) { return log2(x); }

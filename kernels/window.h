@@ -63,15 +63,18 @@ static inline void hm__axis_ratio(hm_axis *a, bool align, double scale) {
 static inline bool hm_windows_make(hm_windows *w, const hm_kernel_call *call) {
   const hm_attr *attr = call->attr;
   memset(w, 0, sizeof *w);
+  w->backward = call->op == HM_OP_AVG_POOL2D_BACKWARD || call->op == HM_OP_ADAPTIVE_AVG_POOL2D_BACKWARD ||
+                call->op == HM_OP_INTERPOLATE2D_BACKWARD;
   switch (call->op) {
-  case HM_OP_AVG_POOL2D_BACKWARD: w->backward = true, attr++; /* fall through */
-  case HM_OP_AVG_POOL2D: w->kind = HM_WINDOW_POOL; break;
-  case HM_OP_ADAPTIVE_AVG_POOL2D_BACKWARD: w->backward = true; /* fall through */
-  case HM_OP_ADAPTIVE_AVG_POOL2D: w->kind = HM_WINDOW_ADAPTIVE; break;
-  case HM_OP_INTERPOLATE2D_BACKWARD: w->backward = true; /* fall through */
-  case HM_OP_INTERPOLATE2D: w->kind = attr[1].i ? HM_WINDOW_BILINEAR : HM_WINDOW_NEAREST; break;
+  case HM_OP_AVG_POOL2D:
+  case HM_OP_AVG_POOL2D_BACKWARD: w->kind = HM_WINDOW_POOL; break;
+  case HM_OP_ADAPTIVE_AVG_POOL2D:
+  case HM_OP_ADAPTIVE_AVG_POOL2D_BACKWARD: w->kind = HM_WINDOW_ADAPTIVE; break;
+  case HM_OP_INTERPOLATE2D:
+  case HM_OP_INTERPOLATE2D_BACKWARD: w->kind = attr[1].i ? HM_WINDOW_BILINEAR : HM_WINDOW_NEAREST; break;
   default: return false;
   }
+  if (w->kind == HM_WINDOW_POOL && w->backward) attr++; /* behind the shape */
   const hm_view *image = w->backward ? &call->out[0] : &call->in[0];
   const hm_view *windows = w->backward ? &call->in[0] : &call->out[0];
   w->y.in = image->shape[2], w->y.out = windows->shape[2];

@@ -37,7 +37,6 @@ local C_ONLY = {
   hm_calloc = "memory of C programs", hm_realloc = "memory of C programs",
   hm_kernel_device = "a field of the kernel's own object in Lua",
   hm_alias = "detach() is a row of the table", hm_as_strided = "for C programs: Lua has views with checked bounds",
-  hm_tensor_drop = "release() of the binding drops by way of the storage", hm_tensor_is_dropped = "every op asks it",
   hm_sum_to = "gradients of broadcasting use it",
   hm_broadcast = "shape rules use it", hm_promote = "dtype rules use it",
   hm_record_custom = "hm_record_custom_with is the same and more",
@@ -259,8 +258,8 @@ local function check_lua_function(name, fn, out)
   end
 end
 
-local PARTS = {"hm", "hm.nn", "hm.nn.functional", "hm.nn.init", "hm.nn.utils", "hm.optim", "hm.optim.lr_scheduler",
-  "hm.amp",
+local PARTS = {"hm", "hm.nn", "hm.nn.functional", "hm.nn.init", "hm.nn.utils", "hm.nn.quantize",
+  "hm.optim", "hm.optim.lr_scheduler", "hm.amp",
   "hm.amp.policies", "hm.amp.debug", "hm.data", "hm.autograd", "hm.cuda", "hm.cpu", "tensor"}
 
 local function part(path)

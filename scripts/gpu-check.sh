@@ -1,12 +1,16 @@
 #!/bin/sh
-# gpu-check.sh -- one command for a machine with a GPU: builds, runs every spec on the device, compute-sanitizer on a part of them and the
-# benchmark, and writes a report.
+# gpu-check.sh -- one command for a machine with a GPU: builds, runs every spec on the device, the benchmark, and compute-sanitizer on a part
+# of the specs, and writes a report.
 #
-#   scripts/gpu-check.sh [--report FILE] [--limit SECONDS] [STEP...]
+#   scripts/gpu-check.sh [--report FILE] [--append] [--limit SECONDS] [--time SECONDS] [STEP...]
 #
-#   STEP      build, specs, sanitizer, bench, cost; default: all of them, in this order
-#   --report  default: build/gpu-check.txt
+#   STEP      build, specs, bench, sanitizer, kernels, cost; default: all of them in this order, what is worth most first
+#   --report  default: build/gpu-check.txt; --append keeps what stands there, of steps that ran before
 #   --limit   the longest a command may take; default 1800
+#   --time    the longest that all of it may take: what does not fit is named under `not run`; default: no limit
+#
+# Where the machine is lent for ten minutes at a time: `gpu-check.sh --time 580 build specs`, then `gpu-check.sh --time 580 --append bench sanitizer`.
+# The plug-in is built for this machine's GPU alone.  A signal ends the run with the report of what was done.
 #
 # Needs gcc, g++, make and nvcc (CUDA=/path says where the toolkit is), and no network.  Lua, oneDNN, jansson, zlib, libedit, busted and
 # the data set come from the file that `make bundle` made on another machine, where this one lacks them: unpacked (this script lies in
@@ -22,20 +26,24 @@ root=$PWD
 BUILD=${BUILD:-build}
 report=
 limit=1800
+deadline=
+append=
 steps=
 while [ $# -gt 0 ]; do
   case $1 in
     --report) report=${2:?--report needs a file} && shift ;;
+    --append) append=yes ;;
     --limit) limit=${2:?--limit needs seconds} && shift ;;
-    build | specs | sanitizer | bench | cost) steps="$steps $1" ;;
+    --time) deadline=$(($(date +%s) + ${2:?--time needs seconds})) && shift ;;
+    build | specs | bench | sanitizer | kernels | cost) steps="$steps $1" ;;
     *)
-      sed -n '2,18s/^# \{0,1\}//p' "$0"
+      sed -n '2,19s/^# \{0,1\}//p' "$0"
       exit 2
       ;;
   esac
   shift
 done
-steps=${steps:-build specs sanitizer bench cost}
+steps=${steps:-build specs bench sanitizer kernels cost}
 report=${report:-$BUILD/gpu-check.txt}
 JOBS=${JOBS:-$(nproc 2>/dev/null || echo 2)}
 mkdir -p "$BUILD" "$(dirname "$report")" || exit 1
@@ -47,7 +55,7 @@ not_run=0
 emulated=
 if [ "${HALFMOON_CUDA:-}" = emu ]; then emulated=yes; fi
 export HALFMOON_HISTORY=
-: >"$report"
+[ -n "$append" ] || : >"$report"
 
 # ====== The report ======
 
@@ -74,13 +82,29 @@ notice() {
   fi
 }
 
-# timed COMMAND...: runs it within the limit, output to $scratch/log; sets status and seconds.
+# fits WHAT: is there time left for it?  Else it is named as not run.
+fits() {
+  allowed=$limit
+  [ -n "$deadline" ] || return 0
+  left=$((deadline - $(date +%s)))
+  if [ "$left" -lt 5 ]; then
+    skip "$1" "the time that --time gives is used up"
+    return 1
+  fi
+  if [ "$left" -lt "$allowed" ]; then allowed=$left; fi
+}
+
+# timed COMMAND...: runs it within what fits() allowed, output to $scratch/log; sets status and seconds.  In the background, so that a
+# signal is heard at once.
 timed() {
   started=$(date +%s)
-  timeout -k 20 "$limit" "$@" >"$scratch/log" 2>&1 </dev/null
+  timeout -k 20 "$allowed" "$@" >"$scratch/log" 2>&1 </dev/null &
+  running=$!
+  wait "$running"
   status=$?
+  running=
   seconds=$(($(date +%s) - started))
-  if [ "$status" = 124 ] || [ "$status" = 137 ]; then echo "stopped after $limit s, the limit" >>"$scratch/log"; fi
+  if [ "$status" = 124 ] || [ "$status" = 137 ]; then echo "stopped after $allowed s, the limit" >>"$scratch/log"; fi
 }
 
 # log_tail LINES: what the last command said, indented.
@@ -90,6 +114,7 @@ log_tail() { tail -n "$1" "$scratch/log" | sed 's/^/      /' | tee -a "$report";
 check() {
   what=$1
   shift
+  fits "$what" || return 1
   timed "$@"
   if [ "$status" = 0 ]; then
     pass "$what ($seconds s)"
@@ -105,6 +130,7 @@ specs() {
   what=$1
   prefix=$2
   shift 2
+  fits "$what" || return 0
   rm -f "$scratch/counts" "$scratch/counts.now"
   # shellcheck disable=SC2086 # the prefix is words
   timed env HALFMOON_COUNTS="$scratch/counts" HALFMOON_PROGRAM="$program" $prefix "$program" spec/run.lua "$@"
@@ -112,6 +138,10 @@ specs() {
   bad=0
   left=0
   if [ -s "$scratch/counts" ]; then read -r ok bad left <"$scratch/counts"; fi
+  if [ "$seconds" -ge "$allowed" ] && [ "$allowed" -lt "$limit" ] && [ ! -s "$scratch/counts" ] && ! grep -q '✗' "$scratch/log"; then
+    skip "$what" "stopped after $seconds s by --time, with no failure so far, in: $(cat "$scratch/counts.now" 2>/dev/null)"
+    return 0
+  fi
   if [ "$bad" = 0 ] && { [ "$status" != 0 ] || [ "$ok" = 0 ]; }; then bad=1; fi
   passed=$((passed + ok))
   failed=$((failed + bad))
@@ -213,6 +243,19 @@ find_toolkit() {
   return 1
 }
 
+# Where the system and the toolkit have no cuDNN, PyTorch's may lie among Python's packages.
+find_cudnn() {
+  if [ -n "${HALFMOON_CUDNN:-}$emulated" ] || [ -z "$python" ]; then return; fi
+  if [ -e "$toolkit/lib64/libcudnn.so.9" ] || ldconfig -p 2>/dev/null | grep -q 'libcudnn\.so\.9'; then return; fi
+  found=$("$python" -c 'import glob, os, sys
+print(([f for p in sys.path for f in glob.glob(os.path.join(p, "nvidia", "*", "lib", "libcudnn.so.9"))] + [""])[0])' 2>/dev/null)
+  if [ -n "$found" ]; then
+    say "  cuDNN      $found"
+    HALFMOON_CUDNN=$found
+    export HALFMOON_CUDNN
+  fi
+}
+
 machine() {
   title "Machine"
   say "  date       $(date -u '+%Y-%m-%d %H:%M UTC')"
@@ -236,16 +279,25 @@ machine() {
     fi
   done
   [ -n "$python" ] || say "  PyTorch    none"
+  find_cudnn
   dependencies
 }
 
 # ====== Steps ======
 
+# The compilers' options for this machine's GPU alone; nothing where it is not known.
+this_gpu() {
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -cd 0-9)
+  if [ -n "$capability" ] && "$toolkit/bin/nvcc" --list-gpu-code 2>/dev/null | grep -q "^sm_$capability\$"; then
+    echo "-gencode arch=compute_$capability,code=sm_$capability"
+  fi
+}
+
 step_build() {
   title "Build"
   check "program and library" make -j"$JOBS" CUDA=0 BUILD="$BUILD" base || return 1
-  check "test double" make -j"$JOBS" CUDA=0 BUILD="$BUILD" cuda-emu || return 1
   if [ -n "$emulated" ]; then
+    check "test double" make -j"$JOBS" CUDA=0 BUILD="$BUILD" cuda-emu || return 1
     skip "the plug-in by nvcc" "this run is on the test double"
     return 0
   fi
@@ -257,14 +309,24 @@ step_build() {
     fail "there is no nvcc: CUDA=/path says where the toolkit is"
     return 1
   fi
-  check "plug-in by nvcc" make -j"$JOBS" CUDA="$toolkit" BUILD="$BUILD" cuda || return 1
-  say "      $(wc -c <"$BUILD/halfmoon-cuda.so") bytes"
-  if check "registers and spills of the kernels" make -j"$JOBS" CUDA="$toolkit" BUILD="$BUILD" cuda-report; then log_tail 1; fi
+  archs=$(this_gpu)
+  check "plug-in by nvcc" make -j"$JOBS" CUDA="$toolkit" BUILD="$BUILD" ${archs:+CUDA_ARCHS="$archs"} cuda || return 1
+  say "      $(wc -c <"$BUILD/halfmoon-cuda.so") bytes, for ${archs:-the default GPUs}"
+}
+
+step_kernels() {
+  title "Registers and spills of the kernels"
+  if [ -n "$emulated" ] || [ -z "$toolkit" ]; then
+    skip "registers and spills of the kernels" "$(if [ -n "$emulated" ]; then echo "this run is on the test double"; else echo "there is no nvcc"; fi)"
+    return
+  fi
+  if check "no kernel spills" make -j"$JOBS" CUDA="$toolkit" BUILD="$BUILD" cuda-report; then log_tail 1; fi
 }
 
 # A device must answer before anything runs on it.
 device_answers() {
   title "Device"
+  fits "a device answers" || return 1
   timed "$program" -e 'local ok, why = hm.cuda.is_available()
     if not ok then print(why) os.exit(1) end
     local p, keys = hm.cuda.properties(), {}
@@ -280,9 +342,9 @@ device_answers() {
 
 step_specs() {
   title "Specs on the device"
-  specs "the whole suite, default device cuda" "" --device=cuda
   specs "parity with the CPU, each op waited for" "env HALFMOON_CUDA_SYNC=1" spec/cuda_parity_spec.lua
   specs "the device" "" spec/cuda_spec.lua
+  specs "the whole suite, default device cuda" "" --device=cuda
 }
 
 step_sanitizer() {
@@ -313,6 +375,7 @@ step_sanitizer() {
 
 step_bench() {
   title "Benchmark${emulated:+ (on the test double: the times mean nothing)}"
+  fits "benchmark" || return
   timed "$program" scripts/bench/gpu.lua ${emulated:+--quick}
   log_tail 40
   if [ "$status" = 0 ]; then pass "benchmark ($seconds s)"; else fail "benchmark: exit status $status"; fi
@@ -322,7 +385,7 @@ step_bench() {
     skip "PyTorch's times" "this run is on the test double"
   elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1; then
     skip "PyTorch's times" "its torch sees no GPU"
-  else
+  elif fits "PyTorch's times"; then
     timed "$python" scripts/bench/gpu_peer.py
     log_tail 40
     if [ "$status" = 0 ]; then pass "PyTorch's times ($seconds s)"; else fail "PyTorch's times: exit status $status"; fi
@@ -331,7 +394,9 @@ step_bench() {
 
 step_cost() {
   title "Cost model (counts on the test double)"
+  check "test double" make -j"$JOBS" CUDA=0 BUILD="$BUILD" cuda-emu || return
   for workload in cnn mlp; do
+    fits "cost model, $workload" || return
     timed env HALFMOON_CUDA=emu "$program" scripts/gpu_cost.lua --workload "$workload"
     log_tail 60
     if [ "$status" = 0 ]; then pass "cost model, $workload"; else fail "cost model, $workload: exit status $status"; fi
@@ -350,6 +415,15 @@ finish() {
   [ "$failed" = 0 ]
   exit
 }
+
+# The report of what was done, also where somebody ends the run.
+stopped() {
+  trap '' INT TERM HUP
+  [ -z "${running:-}" ] || kill "$running" 2>/dev/null
+  fail "stopped by a signal, in step ${name:-machine}"
+  finish
+}
+trap stopped INT TERM HUP
 
 program=$BUILD/halfmoon
 say "Halfmoon on a GPU: build, specs, sanitizer, benchmark"

@@ -13,8 +13,9 @@
 -- Least        What must exist in memory: operands and results of matrix products, convolutions, pools and the loss, each read or
 --              written once by each of them, and the passes over the parameters (with a scaler, gradients must be known to be finite
 --              before the first parameter changes, so they are read twice).  All else costs no memory traffic in the least: elementwise
---              ops, casts and fills happen where their operand is made or their result is read, and a bias gradient is summed where
---              the weight gradient reads the same tensor.
+--              ops, casts and fills happen where their operand is made or their result is read (what a fused op reads for them, as
+--              max_pool2d_relu_backward reads relu's result, is not in the least either), and a bias gradient is summed where the
+--              weight gradient reads the same tensor.
 -- FLOPs        2 m n k of each matrix product; a convolution is the product of its windows with its weights.
 -- Time         Of each op the larger of bytes / 3.35 TB/s and FLOPs / rate, added up: the H100 SXM's published bandwidth and dense
 --              rates, 989 TFLOP/s in float16 and bfloat16, 67 in float32 (495 in TF32, which is off unless a script asks for it).
@@ -34,6 +35,8 @@ local RUNS = {"f32", "bf16", "f16", "async"}
 -- What need not be in memory for its own sake.
 local FREE_FAMILIES = {elementwise = true, copy = true, fill = true}
 local FREE_OPS = {linear_backward_bias = true, conv2d_backward_bias = true}
+-- By op, the input that it reads for an elementwise op that was fused into it.
+local FREE_INPUTS = {max_pool2d_relu_backward = 3}
 
 --- Every line says what it is.
 local function say(...) io.write("[model, not a measurement] ", string.format(...), "\n") end
@@ -70,7 +73,12 @@ local PRODUCTS = {
 --- One op of the log -> {op, bytes, least, buffers, flops, seconds, least_seconds}
 local function cost_of(record)
   local moved = bytes_of(record.inputs) + bytes_of(record.outputs)
-  local is_free = FREE_FAMILIES[record.family] or FREE_OPS[record.op]
+  local least = moved
+  if FREE_FAMILIES[record.family] or FREE_OPS[record.op] then
+    least = 0
+  elseif FREE_INPUTS[record.op] then
+    least = moved - bytes_of {record.inputs[FREE_INPUTS[record.op]]}
+  end
   local flops, lines = 0, nil
   if PRODUCTS[record.op] then
     flops, lines = PRODUCTS[record.op](record.inputs[1].shape, record.inputs[2].shape, record.outputs[1].shape)
@@ -80,9 +88,9 @@ local function cost_of(record)
   local dtype = record.inputs[1] and record.inputs[1].dtype or "float32"
   local compute = flops > 0 and flops / RATES[dtype] or 0
   return {
-    op = record.op, bytes = moved, least = is_free and 0 or moved,
+    op = record.op, bytes = moved, least = least,
     buffers = lines and 2 * lines * SIZES[dtype] or 0, flops = flops,
-    seconds = math.max(moved / BANDWIDTH, compute), least_seconds = is_free and 0 or math.max(moved / BANDWIDTH, compute),
+    seconds = math.max(moved / BANDWIDTH, compute), least_seconds = least == 0 and 0 or math.max(least / BANDWIDTH, compute),
   }
 end
 
@@ -105,40 +113,16 @@ end
 
 --- Runs two steps of a workload on cuda and counts the second -> {launches, waits, by_cudnn, by_windows, costs, parameters}
 local function measure(name, run)
-  hm.manual_seed(1)
-  local model = workloads.models[name].class():to("cuda")
-  local opt = hm.optim.AdamW(model:parameters(), {lr = 1e-3, weight_decay = 0.01})
-  local low = run == "async" and "float16" or workloads.low[run]
-  local scaler
-  if low == "float16" then scaler = hm.amp.GradScaler {init_scale = 2.0 ^ 16, async = run == "async" or nil} end
-  local x = hm.randn({workloads.batch, 1, 28, 28}):to("cuda")
-  local y = hm.randint(0, 10, {workloads.batch}):to("cuda")
-  local function step()
-    opt:zero_grad()
-    local loss
-    do
-      local _ <close> = low and hm.amp.autocast(low)
-      loss = hm.nn.functional.cross_entropy(model(x), y)
-    end
-    if not scaler then
-      loss:backward()
-      return opt:step()
-    end
-    scaler:scale(loss):backward()
-    scaler:step(opt)
-    scaler:update()
-  end
-
-  step()
+  local training = workloads.on_cuda(name, run, 1)
+  training:step()
   hm.cuda.synchronize()
   local costs = {}
   core.op_log(function(record) costs[#costs + 1] = cost_of(record) end)
   hm.cuda.reset_stats()
-  step()
+  training:step()
   local stats = hm.cuda.stats()
   core.op_log(nil)
-  local parameters = 0
-  for _, p in ipairs(model:parameters()) do parameters = parameters + p:numel() end
+  local parameters = training:parameters()
   for _, pass in ipairs(passes(parameters, run)) do costs[#costs + 1] = pass end
   return {
     launches = stats.launches, waits = stats.synchronisations, by_cudnn = stats.cudnn_convolutions,

@@ -314,6 +314,31 @@ describe("bfloat16", function()
     said = expect.stderr(function() amp.GradScaler():scale({hm.ones({1}, {dtype = "bf16"})}) end)
     assert.matches("computed in bfloat16", said, 1, true)
   end)
+
+  it("the warning goes by the graph of the loss, not by what ran before", function()
+    local net, x, y = nn.Linear(3, 2), hm.randn({4, 3}), hm.randn({4, 2})
+    local function loss(dtype) return amp.autocast(dtype, function() return nn.functional.mse_loss(net(x), y) end) end
+    local function said_of(...)
+      local list = {...}
+      return expect.stderr(function()
+        local scaler = amp.GradScaler()
+        for _, l in ipairs(list) do scaler:scale(l) end
+      end)
+    end
+    assert.equal("float32", loss("bf16").dtype)
+    assert.matches("computed in bfloat16", said_of(loss("bf16")), 1, true)
+    local f16, plain = loss("f16"), nn.functional.mse_loss(net(x), y)
+    hm.no_grad(loss, "bf16") -- an evaluation between the loss and scale()
+    assert.equal("", said_of(f16, plain, nn.functional.mse_loss(net(x), y)))
+    -- a part of the graph is enough; through a checkpoint, a Function, gradients in float32 and f16 on top, too
+    assert.matches("computed in bfloat16", said_of(f16 + loss("bf16")), 1, true)
+    assert.matches("computed in bfloat16", said_of(amp.autocast("bf16", hm.checkpoint, net, x):float():sum()), 1, true)
+    assert.matches("computed in bfloat16", said_of(loss {dtype = "bf16", backward = "float32"}), 1, true)
+    local id = hm.autograd.Function("Id", {forward = function(_, t) return t * 1 end, backward = function(_, g) return g end})
+    assert.matches("computed in bfloat16", said_of(id(loss("bf16"))), 1, true)
+    -- a bfloat16 input that wants no gradient is no reason
+    assert.equal("", said_of(nn.functional.mse_loss(net(x:to("bf16"):float()), y)))
+  end)
 end)
 
 -- ====== backward = "float32" ======

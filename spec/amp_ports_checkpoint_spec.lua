@@ -1,8 +1,7 @@
 -- amp_ports_checkpoint_spec.lua -- what PyTorch's tests assert of checkpointing with mixed precision, under the ids K1 to K6, and of
 -- hm.checkpoint beside it.
 --
--- Left out, with the reason: the reentrant form (there is one form, which needs none of its restrictions); context_fn and
--- early_stop (K5, K6: there are no such options; that a region computes no more than backward needs is not promised).
+-- What is left out, with the reason, stands in spec/reference/amp_ports.lua.
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"

@@ -1,17 +1,7 @@
 -- amp_ports_scaler_spec.lua -- what PyTorch's tests assert of GradScaler beyond scaler_pytorch_spec.lua: ids G4, G9 in float16, G14,
 -- G17, G19, G20, G22 and S2; the recipes of its documentation; and the whole interface in one place.
 --
--- Where the others are: G1 to G3, G5 to G13, S1 and S3 in scaler_pytorch_spec.lua; A and C in amp_ports_autocast_spec.lua; K in
--- amp_ports_checkpoint_spec.lua; Apex's in apex_spec.lua (casts: amp_ports_autocast_spec.lua); Keras's in keras_spec.lua.
---
--- Left out, with the reason:
---   G4, S2   sparse gradients: there are none; what is asked of duplicate float16 entries is asked of rows of an embedding.
---   G14      an optimizer that takes the scaler as an argument: optimizers are the engine's; that step() refuses closures is checked.
---   G15      deprecated constructors: there are none.
---   G16, G18 device objects as keys, models over two GPUs: devices are strings, and a scaler's tensors lie on one.
---   G20, G21 captured graphs: there are none; the trace of G20 is run step by step.
---   S4, S5   sharded and distributed training: there is one process.
---   test_update_scale_hysteresis (Apex): with the policies, in their spec.
+-- Where the others are, and what is left out with the reason, stands in spec/reference/amp_ports.lua.
 
 local hm = require "halfmoon"
 local numbers = require "spec.support.numbers"

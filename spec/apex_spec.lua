@@ -183,7 +183,7 @@ describe("masters under O2", function()
     assert.equal(1, opt:state_dict().state[1].step)
   end)
 
-  it("add_param_group makes masters, too", function()
+  it("test_add_param_group: add_param_group makes masters, too", function()
     local model, opt = prepared("O2", {loss_scale = 8})
     local extra = nn.Parameter(hm.ones({3}, {dtype = "f16"}))
     opt:add_param_group {params = {extra}, lr = 1}
@@ -292,7 +292,8 @@ end)
 -- (models, losses, optimizers) of Apex's tests; every loss reads two models, and two losses share the middle one.
 for _, case in ipairs {{2, 2, 1}, {3, 2, 1}, {2, 2, 2}, {3, 2, 2}} do
   local n_models, n_losses, n_optimizers = table.unpack(case)
-  describe(("%d models, %d losses, %d optimizers"):format(n_models, n_losses, n_optimizers), function()
+  local counts = ("%d models, %d losses, %d optimizers"):format(n_models, n_losses, n_optimizers)
+  describe("test_multiple_models_optimizers_losses: " .. counts, function()
     local function setting(scaling, level)
       hm.manual_seed(9)
       local models, opts = {}, {}
@@ -377,7 +378,7 @@ describe("loss scales", function()
     assert.equal(2 ^ 14, amp.state_dict().loss_scaler0.loss_scale)
   end)
 
-  it("state dicts go on where they were, tell of another number of losses, refuse unknown keys", function()
+  it("test_checkpointing: state dicts go on where they were, tell of another number of losses, refuse unknown keys", function()
     local model, opt = prepared("O1", {num_losses = 2, growth_interval = 3})
     train(model, opt, 2)
     local saved = amp.state_dict()
@@ -393,7 +394,7 @@ describe("loss scales", function()
     raises("loss_scaler0 must be", amp.load_state_dict, {loss_scaler0 = 4})
   end)
 
-  it("a checkpoint under one level goes on under another", function()
+  it("test_checkpointing: a checkpoint under one level goes on under another", function()
     for _, from in ipairs {"O0", "O1", "O2", "O3"} do
       local model, opt = prepared(from, {loss_scale = "dynamic"})
       train(model, opt, 2)

@@ -3,50 +3,32 @@
 
 local hm = require "halfmoon"
 local devices = require "spec.support.devices"
+local files = require "spec.support.files"
 local process = require "spec.support.process"
 
-if os.getenv("HALFMOON_SANITIZED") then return end -- the sanitizers must be loaded before the shim
+if os.getenv("HALFMOON_SANITIZED") then
+  describe("files and a system that fails", function() pending("the sanitizers must be loaded before the shim") end)
+  return
+end
 
 local it = devices.cpu_cases("the program from outside", it) -- luacheck: ignore 431
 local shim = (os.getenv("BUILD") or process.program:match("^(.*)/") or ".") .. "/io-shim.so"
 if shim:sub(1, 1) ~= "/" then shim = "./" .. shim end
 
-local function exists(path)
-  local f = io.open(path, "rb")
-  if f then f:close() end
-  return f ~= nil
-end
-
-if not exists(shim) then
+if not files.exists(shim) then
   describe("files and a system that fails", function()
     pending("there is no " .. shim .. ": `make test-io` builds it")
   end)
   return
 end
 
-local folder
-
-local function path_of(name) return folder .. "/" .. name end
-
-local function read(path)
-  local f = assert(io.open(path, "rb"))
-  local bytes = f:read("a")
-  f:close()
-  return bytes
-end
+local scratch = files.folder(setup, teardown)
+local folder, path_of, read = scratch.path, scratch.path_of, files.read
 
 --- Runs a Lua file or -e text of the program under the shim.
 local function under_shim(words)
   return process.shell(("HALFMOON_THREADS=1 HALFMOON_SHIM=%s LD_PRELOAD=%s %s %s"):format(folder, shim, process.program, words))
 end
-
-setup(function()
-  folder = os.tmpname()
-  os.remove(folder)
-  assert(os.execute("mkdir " .. folder))
-end)
-
-teardown(function() os.execute("rm -rf " .. folder) end)
 
 describe("a save that is killed", function()
   local save = [[

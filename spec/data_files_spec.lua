@@ -1,29 +1,14 @@
 -- Files that data come in: CIFAR-10, tables as text, text as bytes.
 
 local hm = require "halfmoon"
+local files = require "spec.support.files"
 local numbers = require "spec.support.numbers"
 local raises = require "spec.support.raises"
 
 local data = hm.data
 local nan, inf = 0 / 0, math.huge
-local folder
-
-local function path_of(name) return folder .. "/" .. name end
-
-local function write(name, bytes)
-  local f = assert(io.open(path_of(name), "wb"))
-  f:write(bytes)
-  f:close()
-  return path_of(name)
-end
-
-setup(function()
-  folder = os.tmpname()
-  os.remove(folder)
-  assert(os.execute("mkdir -p " .. folder .. "/below/cifar-10-batches-bin"))
-end)
-
-teardown(function() os.execute("rm -rf " .. folder) end)
+local scratch = files.folder(setup, teardown, "below/cifar-10-batches-bin")
+local folder, path_of, write = scratch.path, scratch.path_of, scratch.write
 
 describe("data.cifar10", function()
   --- A record: the label, then planes of one value each, the first pixel of each plane marked.
@@ -112,6 +97,10 @@ describe("data.csv", function()
     -- halfway between two float32 values but for the last digit: by way of float64 it would round down
     assert.equal(1.00000012, tonumber(("%.8f"):format((csv("1.000000059604644775390626\n")):item())))
     assert.equal("float16", (csv("1\n", {dtype = "f16"})).dtype)
+    for dtype, values in pairs {f8_e4m3 = {1.5, -2.25, 448}, f8_e5m2 = {1.5, -2, 448}} do -- one byte for each
+      local t = csv("1.5,-2.2,440\n", {dtype = dtype})
+      numbers.assert_same(t:float(), hm.tensor {values}, dtype)
+    end
     raises({"t.csv:1", "column 2", "\"256\" is no uint8"}, csv, "1,256\n", {dtype = "u8"})
     raises("\"1.5\" is no int64", csv, "1.5\n", {dtype = "i64"})
     raises("\"\" is no int32", csv, "1,\n", {dtype = "i32"})
@@ -136,10 +125,10 @@ describe("data.csv", function()
 
   it("gives its memory back when it fails", function()
     write("t.csv", "a,b\n1,2\n3,x\n")
-    pcall(data.csv, path_of "t.csv")
+    raises("t.csv", data.csv, path_of "t.csv")
     collectgarbage()
     local before = hm.cpu.memory_stats().live
-    for _ = 1, 20 do pcall(data.csv, path_of "t.csv") end
+    for _ = 1, 20 do assert.is_false((pcall(data.csv, path_of "t.csv"))) end
     collectgarbage()
     assert.equal(before, hm.cpu.memory_stats().live)
   end)

@@ -1,19 +1,14 @@
 -- Data: IDX files plain and compressed, Fashion-MNIST, and batches from the loader.
 
 local hm = require "halfmoon"
+local files = require "spec.support.files"
 local numbers = require "spec.support.numbers"
 local process = require "spec.support.process"
 local raises = require "spec.support.raises"
 
 local data = hm.data
-local folder
-
-local function write(name, bytes)
-  local f = assert(io.open(folder .. "/" .. name, "wb"))
-  f:write(bytes)
-  f:close()
-  return folder .. "/" .. name
-end
+local scratch = files.folder(setup, teardown)
+local folder, write = scratch.path, scratch.write
 
 --- The bytes of an IDX file.
 local function idx(code, sizes, bytes)
@@ -21,14 +16,6 @@ local function idx(code, sizes, bytes)
   for _, n in ipairs(sizes) do head = head .. string.pack(">I4", n) end
   return head .. bytes
 end
-
-setup(function()
-  folder = os.tmpname()
-  os.remove(folder)
-  assert(os.execute("mkdir " .. folder))
-end)
-
-teardown(function() os.execute("rm -rf " .. folder) end)
 
 describe("data.idx", function()
   local small = idx(0x08, {2, 3}, "\0\1\2\3\4\255")

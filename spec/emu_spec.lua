@@ -8,6 +8,7 @@ local it = devices.cpu_cases("the test double itself", it)
 
 local out = (os.getenv("HALFMOON_EMU_SPEC") or "build") .. "/emu-spec"
 local nvcc = "/usr/local/cuda/bin/nvcc"
+local sanitized = (os.getenv("SANITIZE") or ""):find("address", 1, true) -- the programs are built with it (test-emu full)
 local ORDERS = {"ascending", "descending", "random:1", "random:7"}
 
 --- Runs a shell command; returns everything it printed, and its exit status (128 + n for signal n).
@@ -96,6 +97,13 @@ describe("the CUDA test double", function()
       assert.equal(0, status)
     end
     local function at(pattern) return "faults.cu:" .. line_of("spec/emu/faults.cu", pattern) end
+    --- The same of an access that a sanitizer, where the program is built with some, sees first: it ends the program and names the line.
+    local function bad_access(case, sanitizer, place, code, ...)
+      if not sanitized then return violation(case, code, ...) end
+      local said, status = run("faults", case)
+      contains(said, sanitizer, place)
+      assert.not_equal(0, status)
+    end
 
     it("nothing, where nothing is wrong", function()
       assert.equal("launch cudaSuccess\nthen cudaSuccess: no error\nhash 87400000 nan no\n", (run("faults", "good")))
@@ -142,19 +150,22 @@ describe("the CUDA test double", function()
       violation("global_out_of_bounds", "cudaErrorIllegalAddress", "thread (63,0,0): out-of-bounds global access",
         "0 bytes past the end of an allocation of 256 bytes")
       violation("global_read_out_of_bounds", "cudaErrorIllegalAddress", "thread (0,0,0): out-of-bounds global access")
-      violation("small_overrun", "cudaErrorIllegalAddress", "wrote 0 bytes past the end of an allocation of 100 bytes")
+      bad_access("small_overrun", "AddressSanitizer: use-after-poison", "in global_out_of_bounds(",
+        "cudaErrorIllegalAddress", "wrote 0 bytes past the end of an allocation of 100 bytes")
       violation("use_after_free", "cudaErrorIllegalAddress", "in memory that was freed (256 bytes)")
     end)
 
     it("shared memory out of bounds, static and dynamic", function()
-      violation("shared_out_of_bounds", "cudaErrorIllegalAddress",
+      bad_access("shared_out_of_bounds", "AddressSanitizer: use-after-poison", "in shared_out_of_bounds(", "cudaErrorIllegalAddress",
         "thread (63,0,0): out-of-bounds shared access: wrote 0 bytes past the end of 's' (256 bytes)")
-      violation("dynamic_out_of_bounds", "cudaErrorIllegalAddress", "past the end of 'dynamic shared memory' (256 bytes)")
+      bad_access("dynamic_out_of_bounds", "AddressSanitizer: use-after-poison", "in dynamic_out_of_bounds(",
+        "cudaErrorIllegalAddress", "past the end of 'dynamic shared memory' (256 bytes)")
     end)
 
     it("a misaligned 16-byte load, a null pointer, a host pointer, a stack overflow", function()
       violation("misaligned", "cudaErrorMisalignedAddress", "hm_load16: the address is not 16-byte aligned")
-      violation("null_pointer", "cudaErrorIllegalAddress", "is no address of the device")
+      bad_access("null_pointer", "runtime error: store to null pointer", "spec/emu/faults.cu:",
+        "cudaErrorIllegalAddress", "is no address of the device")
       violation("host_pointer", "cudaErrorIllegalAddress", "argument 1 is a host pointer")
       violation("deep", "cudaErrorLaunchFailure", "stack overflowed")
     end)

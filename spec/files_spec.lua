@@ -5,28 +5,14 @@ local hm = require "halfmoon"
 local core = require "halfmoon.core"
 local bits = require "spec.support.bits"
 local devices = require "spec.support.devices"
+local files = require "spec.support.files"
 local numbers = require "spec.support.numbers"
 local process = require "spec.support.process"
 local raises = require "spec.support.raises"
 
 local nan, inf = 0 / 0, math.huge
-local folder
-
-local function path_of(name) return folder .. "/" .. name end
-
-local function write(name, bytes)
-  local f = assert(io.open(path_of(name), "wb"))
-  f:write(bytes)
-  f:close()
-  return path_of(name)
-end
-
-local function read(path)
-  local f = assert(io.open(path, "rb"))
-  local bytes = f:read("a")
-  f:close()
-  return bytes
-end
+local scratch = files.folder(setup, teardown)
+local folder, path_of, write, read = scratch.path, scratch.path_of, scratch.write, files.read
 
 --- Asserts nil, a message with all parts, and the code.
 local function refused(code, parts, result, message, came)
@@ -37,14 +23,6 @@ local function refused(code, parts, result, message, came)
   end
   assert.equal(code, came)
 end
-
-setup(function()
-  folder = os.tmpname()
-  os.remove(folder)
-  assert(os.execute("mkdir " .. folder))
-end)
-
-teardown(function() os.execute("rm -rf " .. folder) end)
 
 describe("hm.save and hm.load", function()
   it("keep every dtype, shape and bit", function()

@@ -243,6 +243,9 @@ describe("errors of losses:", function()
       raises({name .. ": unknown option 'reductoin', did you mean 'reduction'?"}, F[name], x, x, {reductoin = "sum"})
     end
     raises({"nll_loss: shapes differ: input is f32[2,3]", "target must be [2]"}, F.nll_loss, x, ids {0, 1, 2})
+    local wanting = hm.ones({3}, {requires_grad = true})
+    raises("nll_loss: the weight has no derivative", F.nll_loss, x, ids {0, 1}, {weight = wanting})
+    raises("nll_loss: the weight has no derivative", F.cross_entropy, x, ids {0, 1}, {weight = wanting})
     raises({"nll_loss: target must hold class ids as int64"}, F.nll_loss, x, x)
     raises({"nll_loss: weight must be [3], one number for each class, came f32[2]"}, F.nll_loss, x, ids {0, 1},
       {weight = hm.ones {2}})

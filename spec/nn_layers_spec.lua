@@ -3,32 +3,13 @@
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
+local fixed = require "spec.support.inputs"
 local numbers = require "spec.support.numbers"
 local raises = require "spec.support.raises"
 
 local nn, amp = hm.nn, hm.amp
 local F = nn.functional
-
-local function filled(shape, seed, opts)
-  local n = 1
-  for _, s in ipairs(shape) do n = n * s end
-  local list = {}
-  for i = 1, n do list[i] = math.sin(i * 12.9898 + seed * 78.233) end
-  return hm.tensor(list, opts):view(shape)
-end
-
-local function names_of(iterator)
-  local list = {}
-  for name in iterator do list[#list + 1] = name end
-  return list
-end
-
-local function keys(t)
-  local list = {}
-  for name in pairs(t) do list[#list + 1] = name end
-  table.sort(list)
-  return list
-end
+local filled, names_of, keys = fixed.filled, fixed.names_of, fixed.keys
 
 -- ====== Modules ======
 

@@ -4,20 +4,15 @@
 local hm = require "halfmoon"
 local devices = require "spec.support.devices"
 local gradients = require "spec.support.gradients"
+local fixed = require "spec.support.inputs"
+local learn = require "spec.support.learning"
 local numbers = require "spec.support.numbers"
 local raises = require "spec.support.raises"
 
 local nn, optim, amp = hm.nn, hm.optim, hm.amp
 local F = nn.functional
 local KINDS = {"RNN", "LSTM", "GRU"}
-
-local function filled(shape, seed, opts)
-  local n = 1
-  for _, s in ipairs(shape) do n = n * s end
-  local list = {}
-  for i = 1, n do list[i] = math.sin(i * 12.9898 + seed * 78.233) end
-  return hm.tensor(list, opts):view(shape)
-end
+local filled = fixed.filled
 
 --- The h of what a layer returns as its state.
 local function h_of(state) return type(state) == "table" and state[1] or state end
@@ -185,7 +180,7 @@ describe("the graph of a recurrent layer", function()
   end))
 
   it("may be thousands of steps long", function()
-    local m, steps = nn.RNN(1, 1), devices.pick(5003, 503) -- more than a node has outputs, and no multiple
+    local m, steps = nn.RNN(1, 1), devices.pick(5003, 503)
     local x = filled({steps, 1, 1}, 21):requires_grad_()
     local y = m(x)
     y:sum():backward()
@@ -195,7 +190,7 @@ describe("the graph of a recurrent layer", function()
     m(tail, y:detach()[last - 1]:unsqueeze(1)):sum():backward()
     numbers.assert_near(x.grad:narrow(1, last, steps - last + 1), tail.grad, 1e-5, 1e-6)
     x.grad = nil
-    m(x)[3]:sum():backward() -- most blocks have no gradient
+    m(x)[3]:sum():backward() -- most steps have no gradient
     assert.equal(3, x.grad:ne(0):sum():item())
   end)
 end)
@@ -290,22 +285,7 @@ describe("an LSTM learns", function()
     local x = filled({16, 6, 2}, 15)
     local target = x:sum({2, 3}):gt(0):long()
     local opt = optim.Adam(net:parameters(), {lr = 0.05})
-    local scaler = amp.GradScaler {enabled = dtype == "f16"}
-    local first, last, skipped = nil, nil, 0
-    for _ = 1, steps do
-      opt:zero_grad()
-      local loss
-      do
-        local _ <close> = dtype ~= "f32" and amp.autocast(dtype) or nil
-        loss = F.cross_entropy(net(x), target)
-      end
-      scaler:scale(loss):backward()
-      if not scaler:step(opt) then skipped = skipped + 1 end
-      scaler:update()
-      last = loss:item()
-      first = first or last
-    end
-    return first, last, skipped
+    return learn(opt, dtype, steps, function() return F.cross_entropy(net(x), target) end)
   end
 
   for _, dtype in ipairs {"f32", "f16", "bf16"} do

@@ -4,33 +4,13 @@
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
+local fixed = require "spec.support.inputs"
 local numbers = require "spec.support.numbers"
 local raises = require "spec.support.raises"
 
 local nn = hm.nn
 local F = nn.functional
-
-local function filled(shape, seed, dtype)
-  local n = 1
-  for _, s in ipairs(shape) do n = n * s end
-  local list = {}
-  for i = 1, n do list[i] = math.sin(i * 12.9898 + seed * 78.233) end
-  return hm.tensor(list, {dtype = dtype}):view(shape)
-end
-
---- Names that an iterator of (name, value) gives, in order.
-local function names_of(iterator)
-  local list = {}
-  for name in iterator do list[#list + 1] = name end
-  return list
-end
-
-local function keys(t)
-  local list = {}
-  for name in pairs(t) do list[#list + 1] = name end
-  table.sort(list)
-  return list
-end
+local filled, names_of, keys = fixed.filled, fixed.names_of, fixed.keys
 
 local Net = nn.class("Net")
 function Net:init()
@@ -497,7 +477,7 @@ describe("a network", function()
     end
     function Small:forward(x) return self.fc(self.conv(x):max_pool2d(2):tanh():flatten(2)) end
     local m = Small()
-    local x, y = filled({2, 1, 4, 4}, 6, "f64"), hm.tensor({2, 0}, {dtype = "i64"})
+    local x, y = filled({2, 1, 4, 4}, 6, {dtype = "f64"}), hm.tensor({2, 0}, {dtype = "i64"})
     hm.autograd.gradcheck(function() return F.cross_entropy(m(x), y) end, m:parameters(), {eps = 1e-5, atol = 1e-7, rtol = 1e-4})
   end)
 

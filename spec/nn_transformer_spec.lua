@@ -3,25 +3,14 @@
 
 local hm = require "halfmoon"
 local gradients = require "spec.support.gradients"
+local fixed = require "spec.support.inputs"
+local learn = require "spec.support.learning"
 local numbers = require "spec.support.numbers"
 local raises = require "spec.support.raises"
 
 local nn, optim, amp = hm.nn, hm.optim, hm.amp
 local F = nn.functional
-
-local function filled(shape, seed, opts)
-  local n = 1
-  for _, s in ipairs(shape) do n = n * s end
-  local list = {}
-  for i = 1, n do list[i] = math.sin(i * 12.9898 + seed * 78.233) end
-  return hm.tensor(list, opts):view(shape)
-end
-
-local function names_of(iterator)
-  local list = {}
-  for name in iterator do list[#list + 1] = name end
-  return list
-end
+local filled, names_of = fixed.filled, fixed.names_of
 
 -- ====== Attention by loops ======
 
@@ -305,22 +294,7 @@ describe("a transformer learns", function()
     local ids = hm.randint(0, 6, {8, 8})
     local target = hm.cat({hm.zeros({8, 1}, {dtype = "i64"}), ids:narrow(2, 1, 7)}, 2)
     local opt = optim.AdamW(net:parameters(), {lr = 0.02})
-    local scaler = amp.GradScaler {enabled = dtype == "f16"}
-    local first, last, skipped = nil, nil, 0
-    for _ = 1, steps do
-      opt:zero_grad()
-      local loss
-      do
-        local _ <close> = dtype ~= "f32" and amp.autocast(dtype) or nil
-        loss = F.cross_entropy(net(ids):transpose(2, 3), target)
-      end
-      scaler:scale(loss):backward()
-      if not scaler:step(opt) then skipped = skipped + 1 end
-      scaler:update()
-      last = loss:item()
-      first = first or last
-    end
-    return first, last, skipped
+    return learn(opt, dtype, steps, function() return F.cross_entropy(net(ids):transpose(2, 3), target) end)
   end
 
   for _, dtype in ipairs {"f32", "f16", "bf16"} do

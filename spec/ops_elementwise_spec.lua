@@ -95,7 +95,7 @@ local HALF_BOUND = {float16 = 0.51, bfloat16 = 0.505}
 
 local function differentiable_inputs(op)
   local list = {}
-  if op.differentiable and not NO_DIFFERENCES[op.name] then
+  if op.differentiable and not NO_DIFFERENCES[op.name] and not reference.straight_through[op.name] then
     for k, input in ipairs(op.inputs) do if input.cls ~= "b" then list[#list + 1] = k end end
   end
   return list
@@ -198,6 +198,28 @@ local function check_second(op, attr)
   end
 end
 
+--- Rows whose derivative is declared to go straight through (spec/reference/elementwise.lua says where): it is no
+--- difference of values, which are steps.  First derivative, and the second of something that is not linear in y.
+local function check_straight(op, attr, second)
+  local args, lists = {}, {}
+  for k = 1, #op.inputs do
+    args[k] = inputs(op, "f64")[k]
+    lists[k] = numbers.flat(args[k])
+  end
+  local x, weights = args[1]:requires_grad_(), hm.tensor(WEIGHTS, {dtype = "f64"})
+  local y = run(op, args, attr)
+  local loss = ((second and y + y * y * 0.25 or y) * weights):sum()
+  local grad = core.grad({loss}, {x}, {create_graph = second})[1]
+  if second then grad = core.grad({(grad * weights):sum()}, {x})[1] end
+  for i, got in ipairs(numbers.flat(grad)) do
+    local through = reference.straight_through[op.name](lists[1][i], lists[2] and lists[2][i], lists[3] and lists[3][i],
+      attr)
+    local want = through * (second and 0.5 * WEIGHTS[i] * WEIGHTS[i] or WEIGHTS[i])
+    assert(numbers.near(got, want, 1e-12, 0), ("%s: derivative at value %d is %.9g, not %.9g"):format(op.name, i, got,
+      want))
+  end
+end
+
 -- ====== Cases ======
 
 local function describe_op(op)
@@ -223,6 +245,10 @@ local function describe_op(op)
         local args = inputs(op, dtype)
         check_ulps(op, run(op, args, attr), expected(op, args, attr), dtype, bound)
       end)
+    end
+    if reference.straight_through[op.name] then
+      case("gradient" .. tag, "gradient", function() check_straight(op, attr, false) end)
+      case("second derivative" .. tag, "second derivative", function() check_straight(op, attr, true) end)
     end
     if #differentiable_inputs(op) > 0 then
       case("gradient" .. tag, "gradient", function() check_gradient(op, attr) end)

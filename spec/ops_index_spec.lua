@@ -659,6 +659,8 @@ describe("placing", function()
     raises("{left, right} for each dim", x.pad, x, {1})
     raises("3 pairs of pads for 2 dims", x.pad, x, {1, 1, 1, 1, 1, 1})
     raises("cut more than there is", x.pad, x, {-2, -2})
+    raises("too large", x.pad, x, {math.maxinteger, math.maxinteger})
+    raises("cut more than there is", x.pad, x, {math.mininteger, 5})
   end)
 end)
 

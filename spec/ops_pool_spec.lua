@@ -222,6 +222,121 @@ describe("max_pool2d", function()
     end
   end)
 
+  it("with relu after it: one pass gives the bits of relu's gradient and then the pool's", function()
+    for _, case in ipairs(MAX) do
+      local shape, attrs = case[1], listed(case[2])
+      for _, dtype in ipairs(DTYPES) do
+        local y, index = call("max_pool2d", sample(shape, 1, dtype), attrs)
+        y = y:contiguous()
+        local flat = y:view({-1})
+        for i, v in ipairs {0, -0.0, nan, inf} do if i <= #flat then flat[i] = v end end
+        local out = core.call("relu", y)
+        local g = sample(y.shape, 2, dtype)
+        local want = core.call("max_pool2d_backward", core.call("relu_backward", g, out), index, copy_of(attrs, {shape = shape}))
+        for _, lay in pairs(ORDERS) do
+          numbers.assert_same(core.call("max_pool2d_relu_backward", lay(g), lay(index), lay(out), copy_of(attrs,
+            {shape = shape})), want)
+        end
+      end
+    end
+  end)
+
+  describe("backward of relu after it", function()
+    local shape, attrs = {2, 3, 6, 7}, {kernel_size = 3, stride = 2, padding = 1}
+
+    --- The ops of backward, in order, and the gradient of x; extra(p, y) sees the pool's result and relu's, and may give more of the loss.
+    local function walk(dtype, extra, opts)
+      local x = sample(shape, 1, dtype):detach():requires_grad_()
+      local p = call("max_pool2d", x, attrs)
+      local y = core.call("relu", p)
+      local more = extra and extra(p, y)
+      local loss = (y * sample(y.shape, 2, dtype)):sum()
+      if more then loss = loss + more end
+      local ops = {}
+      core.op_log(function(record) ops[#ops + 1] = record.op end)
+      loss:backward(opts)
+      core.op_log(nil)
+      return x.grad, table.concat(ops, " ")
+    end
+
+    for _, dtype in ipairs(DTYPES) do
+      it("is one op where nobody else sees the pool's result: " .. dtype, function()
+        local both, ops = walk(dtype)
+        assert.truthy(ops:find("max_pool2d_relu_backward", 1, true), ops)
+        assert.falsy(ops:find("max_pool2d_backward", 1, true), ops)
+        local apart, seen = walk(dtype, function(p) p:register_hook(function() end) end)
+        assert.truthy(seen:find("relu_backward max_pool2d_backward", 1, true), seen)
+        numbers.assert_same(both, apart)
+      end)
+    end
+
+    it("is two where a hook, another user, a second derivative or detect_anomaly wants the gradient between", function()
+      local plain = walk("f32")
+      local hooked
+      local grad, ops = walk("f32", function(p) p:register_hook(function(g) hooked = g:clone() end) end)
+      assert.falsy(ops:find("max_pool2d_relu_backward", 1, true), ops)
+      numbers.assert_same(grad, plain)
+      local kept
+      grad = walk("f32", function(p)
+        p:retain_grad()
+        kept = p
+      end)
+      numbers.assert_same(kept.grad, hooked)
+      numbers.assert_same(grad, plain)
+      grad, ops = walk("f32", nil, {create_graph = true})
+      assert.falsy(ops:find("max_pool2d_relu_backward", 1, true), ops)
+      numbers.assert_same(grad, plain)
+      local _ <close> = hm.autograd.detect_anomaly()
+      grad, ops = walk("f32")
+      assert.falsy(ops:find("max_pool2d_relu_backward", 1, true), ops)
+      numbers.assert_same(grad, plain)
+    end)
+
+    it("adds what other users of the pool's result send, recorded before the relu or after it", function()
+      local x = sample(shape, 1):detach():requires_grad_()
+      local p = call("max_pool2d", x, attrs)
+      local first = (p * sample(p.shape, 3)):sum()
+      local y = core.call("relu", p)
+      local last = (p * sample(p.shape, 4)):sum()
+      local ops = {}
+      core.op_log(function(record) ops[#ops + 1] = record.op end)
+      local sum = (y * sample(p.shape, 2)):sum() + first + last
+      sum:backward()
+      core.op_log(nil)
+      assert.falsy(table.concat(ops, " "):find("max_pool2d_relu_backward", 1, true))
+      local pooled, index = call("max_pool2d", x:detach(), attrs)
+      local g = core.call("relu_backward", sample(p.shape, 2), core.call("relu", pooled)) + sample(p.shape, 3) + sample(p.shape, 4)
+      near(x.grad, numbers.flat(core.call("max_pool2d_backward", g, index, copy_of(listed(attrs), {shape = shape}))), "f64", 16)
+    end)
+
+    it("runs twice with retain_graph, and raises where the graph is gone", function()
+      local x = sample(shape, 1):detach():requires_grad_()
+      local loss = core.call("relu", (call("max_pool2d", x, attrs))):sum()
+      loss:backward({retain_graph = true})
+      local once = x.grad:clone()
+      loss:backward()
+      numbers.assert_same(x.grad, once + once)
+      raises({"the graph was freed", "retain_graph"}, loss.backward, loss)
+    end)
+
+    it("names a relu's result that was changed in place", function()
+      local x = sample(shape, 1):detach():requires_grad_()
+      local y = core.call("relu", (call("max_pool2d", x, attrs)))
+      local loss = (y * 2):sum()
+      hm.no_grad(function() y:add_(1) end)
+      raises({"relu", "was changed in place"}, loss.backward, loss)
+    end)
+
+    it("in a checkpoint the region is computed again", function()
+      local function forward(t) return core.call("relu", (call("max_pool2d", t, attrs))) end
+      local x = sample(shape, 1):detach():requires_grad_()
+      forward(x):sum():backward()
+      local again = x:detach():requires_grad_()
+      hm.checkpoint(forward, again):sum():backward()
+      numbers.assert_same(again.grad, x.grad)
+    end)
+  end)
+
   it("takes what stands at the index: the gradient of the gradient", function()
     for _, case in ipairs(MAX) do
       local shape, attrs = case[1], case[2]
@@ -588,6 +703,8 @@ describe("pooling and interpolation", function()
     raises({"max_pool2d_backward: g must be [1,2,4,4]", "f32[1,2,2,2]"}, core.call, "max_pool2d_backward", y, index,
       {shape = {1, 2, 8, 8}, kernel_size = {2}})
     raises({"max_pool2d_backward: index must be uint8", "second result"}, core.call, "max_pool2d_backward", y, y,
+      {shape = {1, 2, 4, 5}, kernel_size = {2}})
+    raises({"max_pool2d_relu_backward: out must be [1,2,2,2]"}, core.call, "max_pool2d_relu_backward", y, index, x,
       {shape = {1, 2, 4, 5}, kernel_size = {2}})
     raises({"max_pool2d_pick: index must be [1,2,3,4]"}, core.call, "max_pool2d_pick", x, index, {kernel_size = {2},
       stride = {1}})

@@ -7,30 +7,16 @@ local core = require "halfmoon.core"
 local devices = require "spec.support.devices"
 local numbers = require "spec.support.numbers"
 local expect = require "spec.support.expect"
+local optimizers = require "spec.support.optimizers"
 local reference = require "spec.reference.optim"
 
 local nn, optim, amp = hm.nn, hm.optim, hm.amp
 local same, near, raises = numbers.assert_same, numbers.assert_near, expect.raises
+local filled, parameter = optimizers.filled, optimizers.parameter
+local name_of, options_of = optimizers.name_of, optimizers.options_of
 
 local cases, why_not = devices.cases("spec/optim_more_spec.lua")
 local function case(name, fn) it(name, function() cases:run(name, fn) end) end
-
--- Numbers without a pattern, the same in every run; step 0 for the parameter itself.
-local function filled(n, step, seed)
-  local list = {}
-  for i = 1, n do list[i] = math.sin(i * 12.9898 + step * 4.1414 + (seed or 0) * 78.233) * 1.5 end
-  return list
-end
-
-local function parameter(n, dtype, seed, device)
-  return hm.tensor(filled(n, 0, seed), {dtype = dtype, device = device, requires_grad = true})
-end
-
-local DEFAULTS = {
-  SGD = {}, Adam = {betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0},
-  AdamW = {betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0.01}, RMSprop = {alpha = 0.99, eps = 1e-8},
-  Adagrad = {eps = 1e-10}, Lion = {betas = {0.9, 0.99}},
-}
 
 local CASES = {
   {"Adam", {lr = 0.02, amsgrad = true, betas = {0.8, 0.7}}},
@@ -49,60 +35,16 @@ local CASES = {
   {"Lion", {lr = 0.01, weight_decay = 0.1, maximize = true}},
 }
 
-local function options_of(entry)
-  local o = {}
-  for k, v in pairs(DEFAULTS[entry[1]]) do o[k] = v end
-  for k, v in pairs(entry[2]) do o[k] = v end
-  return o
-end
-
-local function name_of(entry)
-  local parts = {}
-  for k, v in pairs(entry[2]) do parts[#parts + 1] = k .. " " .. (type(v) == "table" and table.concat(v, ",") or tostring(v)) end
-  table.sort(parts)
-  return entry[1] .. " " .. table.concat(parts, " ")
-end
-
 -- ====== The rules ======
 
 describe("optimizer", function()
   for _, entry in ipairs(CASES) do
-    local rule, o = reference[entry[1]:lower()], options_of(entry)
     for dtype, tolerance in pairs {f32 = 1e-5, f64 = 1e-11} do
-      it(("%s: 20 steps in %s"):format(name_of(entry), dtype), function()
-        local n = 37 -- a vector's width and a rest
-        local p = parameter(n, dtype)
-        local opt, state, want = optim[entry[1]]({p}, entry[2]), {}, numbers.flat(p)
-        for step = 1, 20 do
-          p.grad = hm.tensor(filled(n, step), {dtype = dtype})
-          rule(want, numbers.flat(p.grad), state, o)
-          opt:step()
-          near(p, want, tolerance, tolerance, ("step %d"):format(step))
-        end
-        for key, t in pairs(opt:state_dict().state[1]) do
-          if key ~= "step" then assert.equal(p.dtype, t.dtype) end
-        end
-      end)
+      it(("%s: 20 steps in %s"):format(name_of(entry), dtype), function() optimizers.check_steps(entry, dtype, tolerance) end)
     end
     for _, dtype in ipairs {"f16", "bf16"} do
       it(("%s: %s parameters are rounded once a step, state is float32"):format(name_of(entry), dtype), function()
-        local n = 21
-        local p = parameter(n, dtype)
-        local opt, state = optim[entry[1]]({p}, entry[2]), {}
-        for step = 1, 5 do
-          p.grad = hm.tensor(filled(n, step), {dtype = dtype})
-          local want = numbers.flat(p)
-          rule(want, numbers.flat(p.grad), state, o)
-          opt:step()
-          local got = numbers.flat(p)
-          for i = 1, n do
-            local d = numbers.ulps(got[i], want[i], p.dtype)
-            assert(d <= 0.52, ("step %d, value %d is %.9g, exact %.9g: %.3g ulp"):format(step, i, got[i], want[i], d))
-          end
-        end
-        for key, t in pairs(opt:state_dict().state[1]) do
-          if key ~= "step" then assert.equal("float32", t.dtype) end
-        end
+        optimizers.check_half_steps(entry, dtype)
       end)
     end
   end

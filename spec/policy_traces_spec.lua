@@ -7,40 +7,12 @@
 local hm = require "halfmoon"
 local devices = require "spec.support.devices"
 local expect = require "spec.support.expect"
+local new_run = require "spec.support.policy_run"
 local numbers = require "spec.support.numbers"
 
 local optim, amp = hm.optim, hm.amp
 local raises = expect.raises
 local inf, nan = math.huge, 0 / 0
-
--- ====== A training loop of one parameter ======
-
-local Run = {}
-Run.__index = Run
-
---- A run of one parameter with two elements.
-local function new_run(options)
-  local p = hm.tensor({1, 2}, {requires_grad = true})
-  return setmetatable({p = p, opt = optim.SGD({p}, {lr = 0}), scaler = amp.GradScaler(options)}, Run)
-end
-
---- One iteration whose unscaled gradients are all `gradient`.
-function Run:go(gradient)
-  self.opt:zero_grad()
-  self.scaler:scale((self.p * gradient):sum()):backward()
-  self.scaler:step(self.opt)
-  return self.scaler:update()
-end
-
---- The scales after each letter, G clean and X overflow; "stop" where the policy stopped the training.
-function Run:trace(letters)
-  local scales = {}
-  for letter in letters:gmatch("[GX]") do
-    local ok = pcall(self.go, self, letter == "X" and inf or 1)
-    scales[#scales + 1] = ok and ("%.14g"):format(self.scaler:get_scale()) or "stop"
-  end
-  return table.concat(scales, " ")
-end
 
 local COMMON = {init_scale = 64, growth_interval = 3}
 
@@ -98,6 +70,28 @@ describe("golden traces", function()
     end
     return scales
   end
+
+  it("test_update_scale_hysteresis: any sequence of overflows does what Apex's rule says", function()
+    for seed = 1, 12 do
+      local growth, hysteresis, s, letters, want = 1 + seed % 5, 1 + seed % 4, seed * 7919 + 13, {}, {}
+      local scale, clean, left = 64, 0, hysteresis
+      for i = 1, 60 do
+        s = (s * 1103515245 + 12345) % 2147483648
+        local overflow = s / 2147483648 < (seed % 3 + 1) / 5 -- a fifth, two or three of the steps
+        if overflow then
+          left, clean = left - 1, 0
+          if left <= 0 then scale = scale / 2 end
+        else
+          clean, left = clean + 1, hysteresis
+          if clean == growth then scale, clean = scale * 2, 0 end
+        end
+        letters[i], want[i] = overflow and "X" or "G", ("%.14g"):format(scale)
+      end
+      local run = new_run {policy = "apex_hysteresis", init_scale = 64, growth_interval = growth, hysteresis = hysteresis, min_scale = 0,
+        max_scale = math.huge}
+      assert.equal(table.concat(want, " "), run:trace(table.concat(letters)), "seed " .. seed)
+    end
+  end)
 
   it("T9 logmax amax 64", function()
     numbers.assert_near(logmax {64, 64, 64, 64, 64}, {1024, 1024, 1024, 1024, 1024}, 1e-6, 0)

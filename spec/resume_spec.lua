@@ -2,29 +2,13 @@
 
 local hm = require "halfmoon"
 local devices = require "spec.support.devices"
+local files = require "spec.support.files"
 local numbers = require "spec.support.numbers"
 local process = require "spec.support.process"
 local raises = require "spec.support.raises"
 
 local nn, optim, amp, data = hm.nn, hm.optim, hm.amp, hm.data
-local folder
-
-local function path_of(name) return folder .. "/" .. name end
-
-local function read(path)
-  local f = assert(io.open(path, "rb"))
-  local bytes = f:read("a")
-  f:close()
-  return bytes
-end
-
-setup(function()
-  folder = os.tmpname()
-  os.remove(folder)
-  assert(os.execute("mkdir " .. folder))
-end)
-
-teardown(function() os.execute("rm -rf " .. folder) end)
+local path_of, read = files.folder(setup, teardown).path_of, files.read
 
 describe("a run that is killed and goes on", function()
   local outside = devices.cpu_cases("the program from outside", it)

@@ -168,9 +168,16 @@ describe("as in PyTorch", function()
     assert.equal(2048, s:get_scale())
   end)
 
-  it("G6: autocast f16 with a scaler follows a float32 run", function()
+  --- A new scaler that goes on with the state of another.
+  local function reborn(scaler)
+    local other = amp.GradScaler {enabled = scaler:is_enabled()}
+    if scaler:is_enabled() then other:load_state_dict(scaler:state_dict()) end
+    return other
+  end
+
+  it("G6: autocast f16 with a scaler follows a float32 run, also where a state dict makes a new scaler in each step", function()
     for _, kind in ipairs {"SGD", "Adam", "AdamW"} do
-      local function run(data, model, opt, scaler, skip, scaling)
+      local function run(data, model, opt, scaler, skip, scaling, anew)
         for i, d in ipairs(data) do
           opt:zero_grad()
           local output = scaling and amp.autocast("f16", function() return model(d[1]) end) or model(d[1])
@@ -180,17 +187,20 @@ describe("as in PyTorch", function()
             if i == skip and scaler:is_enabled() then poison(model) end
             scaler:step(opt)
             scaler:update()
+            if anew then scaler = reborn(scaler) end
           else
             loss:backward()
             if not scaler:is_enabled() or i ~= skip then opt:step() end
           end
         end
+        return scaler
       end
-      for _, enabled in ipairs {true, false} do
+      for _, entry in ipairs {{true, false}, {true, true}, {false, false}, {false, true}} do
+        local enabled, anew = entry[1], entry[2]
         local control, scaled, control_opt, scaled_opt, data = scaling_case(kind, {lr = kind == "SGD" and 0.1 or 1e-4})
         local scaler = amp.GradScaler {init_scale = 128, growth_interval = 1, enabled = enabled}
         run(data, control, control_opt, scaler, SKIP, false)
-        run(data, scaled, scaled_opt, scaler, SKIP, true)
+        scaler = run(data, scaled, scaled_opt, scaler, SKIP, true, anew)
         assert.equal(enabled and 512 or 1, scaler:get_scale())
         assert_same_nets(control, scaled, 1e-3, 1e-3)
       end

@@ -200,8 +200,7 @@ describe("the state machine", function()
 
   it("an error leaves it where it was", function()
     local p, opt, scaler = with_grad({4, 4, 4}, nil, "f16")
-    pcall(scaler.unscale_, scaler, opt)
-    raises("Attempting to unscale FP16 gradients.", scaler.unscale_, scaler, opt)
+    for _ = 1, 2 do raises("Attempting to unscale FP16 gradients.", scaler.unscale_, scaler, opt) end
     p.requires_grad = false
     assert.is_true(select(2, scaler:step(opt)).empty)
   end)

@@ -33,6 +33,8 @@ local GOLDEN = {
     {0.8, 0.72, 0.648, 0.5832, 0.52488, 0.472392}},
   {"CosineAnnealingLR", {T_max = 5, eta_min = 0.1},
     {0.8, 0.733155948031232, 0.558155948031232, 0.341844051968768, 0.166844051968768, 0.1}},
+  {"CosineAnnealingLR", {T_max = 2, eta_min = 0.2}, -- past T_max: the documented formula at every t
+    {0.8, 0.5, 0.2, 0.5, 0.8, 0.5, 0.2, 0.5, 0.8}},
   {"CosineAnnealingWarmRestarts", {T_0 = 3, eta_min = 0.05},
     {0.8, 0.6125, 0.2375, 0.8, 0.6125, 0.2375, 0.8, 0.6125, 0.2375}},
   {"CosineAnnealingWarmRestarts", {T_0 = 2, T_mult = 2},

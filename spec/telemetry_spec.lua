@@ -250,3 +250,24 @@ describe("a trace", function()
     assert.equal(2, #run.scaler:record())
   end)
 end)
+
+describe("core.gradient_watch", function()
+  it("may be switched off by its own function at any sight", function()
+    local b = hm.tensor({1, 2}, {dtype = "f16", requires_grad = true})
+    --- Sights heard of before the watch goes off at number `last`.
+    local function run(last)
+      local heard = 0
+      core.gradient_watch(function()
+        heard = heard + 1
+        if heard == last then core.gradient_watch(nil) end
+      end)
+      local ok, why = pcall(function() (hm.ones({3, 2}, {dtype = "f16"}) + b * 2):sum():backward() end)
+      core.gradient_watch(nil)
+      assert(ok, why)
+      return heard
+    end
+    local all = run(0)
+    assert(all >= 4, all) -- what comes to b * 2, and its sum over rows, among them
+    for last = 1, all do assert.equal(last, run(last)) end
+  end)
+end)

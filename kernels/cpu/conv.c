@@ -2,7 +2,7 @@
  * conv.c -- family conv: conv2d and its gradients by input and by weight.
  *
  * x, out and their gradients are channels-last in memory, the weight is plain row-major [O, C/groups, kH, kW] or comes
- * packed in oneDNN's layout.  A call takes one of three ways, chosen from dtypes and shapes alone:
+ * packed in oneDNN's layout.  A call takes one of four ways, chosen from dtypes, shapes and hm.use_deterministic alone:
  *   F64     plain loops in double; also the reference that the others are tested against
  *   DIRECT  one oneDNN primitive on the operands as they lie (f32; bf16 where the processor multiplies it)
  *   CHUNKS  images in chunks: converted to float32, the float32 primitive, the result rounded once; weight gradients of

@@ -184,6 +184,50 @@ static void f32_f16(void *dst, const void *src, int64_t n) {
 
 #endif
 
+/* ====== The 8-bit floats: half.h without its branches ====== */
+
+static inline float wide_e4m3(uint8_t h) {
+  const uint32_t a = h & 0x7fu, sub = hm_f32_bits((float)(int32_t)a * 0.001953125f); /* 2^-9 */
+  const uint32_t finite = a < 8 ? sub : (a << 20) + 0x3c000000u;
+  return hm_bits_f32((uint32_t)(h & 0x80u) << 24 | (a == 0x7fu ? 0x7fc00000u : finite));
+}
+
+static inline float wide_e5m2(uint8_t h) {
+  const uint32_t a = h & 0x7fu, sub = hm_f32_bits((float)(int32_t)a * 1.52587890625e-5f); /* 2^-16 */
+  const uint32_t top = a << 21 | 0x7f800000u | (a > 0x7cu ? 0x400000u : 0);
+  const uint32_t finite = a < 4 ? sub : (a << 21) + 0x38000000u;
+  return hm_bits_f32((uint32_t)(h & 0x80u) << 24 | (a >= 0x7cu ? top : finite));
+}
+
+/* As float16's in baseline code: normal numbers by integer addition, subnormals by adding a number whose last place is the smallest. */
+static inline uint8_t narrow_e4m3(float x) {
+  const uint32_t u = hm_f32_bits(x), a = u & 0x7fffffffu;
+  const uint32_t normal = (a - 0x3c000000u + 0x7ffffu + (a >> 20 & 1u)) >> 20;
+  const uint32_t sub = hm_f32_bits(hm_bits_f32(a) + 16384.0f) - 0x46800000u;
+  const uint32_t finite = a < 0x3c800000u ? sub : normal;
+  return (uint8_t)((u >> 24 & 0x80u) | (a > 0x43e80000u ? 0x7fu : finite)); /* 464: half way to 480 */
+}
+
+static inline uint8_t narrow_e5m2(float x) {
+  const uint32_t u = hm_f32_bits(x), a = u & 0x7fffffffu;
+  const uint32_t normal = (a - 0x38000000u + 0xfffffu + (a >> 21 & 1u)) >> 21;
+  const uint32_t sub = hm_f32_bits(hm_bits_f32(a) + 128.0f) - 0x43000000u;
+  const uint32_t finite = a < 0x38800000u ? sub : normal;
+  const uint32_t top = a > 0x7f800000u ? 0x7eu | (a >> 21 & 1u) : 0x7cu;
+  return (uint8_t)((u >> 24 & 0x80u) | (a >= 0x47700000u ? top : finite)); /* 61440: half way to 65536 */
+}
+
+PAIR(e4m3_f32, float, uint8_t, wide_e4m3)
+PAIR(e5m2_f32, float, uint8_t, wide_e5m2)
+PAIR(f32_e4m3, uint8_t, float, narrow_e4m3)
+PAIR(f32_e5m2, uint8_t, float, narrow_e5m2)
+PAIR(f64_e4m3, uint8_t, double, hm_f64_to_e4m3)
+PAIR(f64_e5m2, uint8_t, double, hm_f64_to_e5m2)
+PAIR(i64_e4m3, uint8_t, int64_t, hm_i64_to_e4m3)
+PAIR(i64_e5m2, uint8_t, int64_t, hm_i64_to_e5m2)
+PAIR(i32_e4m3, uint8_t, int32_t, hm_f64_to_e4m3)
+PAIR(i32_e5m2, uint8_t, int32_t, hm_f64_to_e5m2)
+
 /* ====== Pairs that pass through float32, in blocks ====== */
 
 /* Exact on the way in, so the one rounding is that of the way out. */
@@ -218,20 +262,35 @@ VIA_F32(u8_bf16, u8_f32, f32_bf16, 2, 1)
 
 /* ====== The table ====== */
 
-/* [from][to]; NULL on the diagonal: bytes are copied. */
+/* [from][to]; NULL on the diagonal: bytes are copied; elsewhere, with an 8-bit float on one side: by way of float32, exact on the way in. */
 static const convert_fn table[HM_DTYPE_COUNT][HM_DTYPE_COUNT] = {
     [HM_BOOL] = {NULL, bool_u8, bool_i32, bool_i64, bool_f16, bool_bf16, bool_f32, bool_f64},
     [HM_U8] = {u8_bool, NULL, u8_i32, u8_i64, u8_f16, u8_bf16, u8_f32, u8_f64},
-    [HM_I32] = {i32_bool, i32_u8, NULL, i32_i64, i32_f16, i32_bf16, i32_f32, i32_f64},
-    [HM_I64] = {i64_bool, i64_u8, i64_i32, NULL, i64_f16, i64_bf16, i64_f32, i64_f64},
+    [HM_I32] = {i32_bool, i32_u8, NULL, i32_i64, i32_f16, i32_bf16, i32_f32, i32_f64, i32_e4m3, i32_e5m2},
+    [HM_I64] = {i64_bool, i64_u8, i64_i32, NULL, i64_f16, i64_bf16, i64_f32, i64_f64, i64_e4m3, i64_e5m2},
     [HM_F16] = {f16_bool, f16_u8, f16_i32, f16_i64, NULL, f16_bf16, f16_f32, f16_f64},
     [HM_BF16] = {bf16_bool, bf16_u8, bf16_i32, bf16_i64, bf16_f16, NULL, bf16_f32, bf16_f64},
-    [HM_F32] = {f32_bool, f32_u8, f32_i32, f32_i64, f32_f16, f32_bf16, NULL, f32_f64},
-    [HM_F64] = {f64_bool, f64_u8, f64_i32, f64_i64, f64_f16, f64_bf16, f64_f32, NULL},
+    [HM_F32] = {f32_bool, f32_u8, f32_i32, f32_i64, f32_f16, f32_bf16, NULL, f32_f64, f32_e4m3, f32_e5m2},
+    [HM_F64] = {f64_bool, f64_u8, f64_i32, f64_i64, f64_f16, f64_bf16, f64_f32, NULL, f64_e4m3, f64_e5m2},
+    [HM_F8_E4M3] = {[HM_F32] = e4m3_f32},
+    [HM_F8_E5M2] = {[HM_F32] = e5m2_f32},
 };
+
+/* A pair without a loop of its own. */
+static void by_f32(void *dst, int dst_dtype, const void *src, int src_dtype, int64_t n) {
+  float block[CHUNK];
+  char *d = dst;
+  const char *s = src;
+  for (; n > 0; n -= CHUNK, d += CHUNK * hm_dtype_size(dst_dtype), s += CHUNK * hm_dtype_size(src_dtype)) {
+    const int64_t m = n < CHUNK ? n : CHUNK;
+    table[src_dtype][HM_F32](block, s, m);
+    table[HM_F32][dst_dtype](d, block, m);
+  }
+}
 
 void HM_ISA_FN(hm_cpu_convert)(void *dst, int dst_dtype, const void *src, int src_dtype, int64_t n) {
   const convert_fn fn = table[src_dtype][dst_dtype];
   if (fn) fn(dst, src, n);
+  else if (dst_dtype != src_dtype) by_f32(dst, dst_dtype, src, src_dtype, n);
   else if (dst != src) memcpy(dst, src, (size_t)n * (size_t)hm_dtype_size(dst_dtype));
 }

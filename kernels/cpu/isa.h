@@ -100,6 +100,9 @@ int hm_cpu_attention_workspace(const hm_kernel_call *call, size_t *bytes);
 int hm_cpu_attention_f64(const hm_kernel_call *call);
 /* nll_loss (nll.c), compiled once: what loss.c hands on. */
 int hm_cpu_nll(const hm_kernel_call *call);
+/* "[3, 5]": the indices of position i of v, for messages (nll.c). */
+enum { HM_POSITION_TEXT = HM_MAX_NDIM * 24 };
+const char *hm_cpu_position_text(const hm_view *v, int64_t i, char text[HM_POSITION_TEXT]);
 /* Scratch memory of batch, layer, rms and group norm (rownorm.c, normalize.c): likewise. */
 int hm_cpu_normalize_workspace(const hm_kernel_call *call, size_t *bytes);
 int hm_cpu_channel_norm_workspace(const hm_kernel_call *call, size_t *bytes); /* its part in normalize.c */

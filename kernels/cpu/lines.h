@@ -26,20 +26,6 @@ typedef struct hm_lines {
   bool embedding;
 } hm_lines;
 
-/* A view without dim `dim`; *step: that dim's stride. */
-static inline hm_view hm__lines_without(const hm_view *v, int dim, int64_t *step) {
-  hm_view w = *v;
-  *step = v->ndim ? v->stride[dim] : 0;
-  if (v->ndim == 0) return w;
-  w.ndim = 0;
-  for (int d = 0; d < v->ndim; d++) {
-    if (d == dim) continue;
-    w.shape[w.ndim] = v->shape[d];
-    w.stride[w.ndim++] = v->stride[d];
-  }
-  return w;
-}
-
 /* A list of ids as a tensor of src's shape: it repeats along all dims but one. */
 static inline hm_view hm__lines_spread(const hm_view *index, int64_t step, const hm_view *src, int dim) {
   hm_view v = *src;
@@ -131,12 +117,12 @@ static inline void hm__lines_make(hm_lines *l, const hm_kernel_call *call) {
   l->n = index->ndim ? index->shape[dim] : 1;
   l->size = out->ndim ? out->shape[dim] : 1;
   int64_t step;
-  const hm_view ids = hm__lines_without(index, dim, &step);
+  const hm_view ids = hm__without_dim(index, dim, &step);
   hm_view line[HM_LINES_OPERANDS];
   for (int k = 0; k < HM_LINES_OPERANDS; k++) {
     line[k] = l->view[k];
     if (!hm__walked(&line[k])) continue;
-    line[k] = hm__lines_without(&l->view[k], dim, &l->step[k]);
+    line[k] = hm__without_dim(&l->view[k], dim, &l->step[k]);
     memcpy(line[k].shape, ids.shape, sizeof ids.shape);
   }
   l->count = hm__loop_make(&l->loop, &line[HM_LINES_OUT], HM_LINES_OPERANDS - 1, &line[HM_LINES_SRC]);

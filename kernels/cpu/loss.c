@@ -8,7 +8,6 @@
  * Losses are added in double, position by position within a piece, piece by piece; pieces depend on the number of
  * positions only.
  */
-#include <stdio.h>
 
 #include "../math.h"
 #include "vec.h"
@@ -251,20 +250,6 @@ static void backward_piece(const work *w, int64_t begin, int64_t end) {
 
 /* ====== Entry ====== */
 
-/* "[3, 5]": the indices of position i. */
-static const char *position_text(const hm_view *v, int64_t i, char *text, size_t size) {
-  int64_t at[HM_MAX_NDIM] = {0};
-  for (int d = v->ndim - 1; d >= 0; d--) {
-    at[d] = i % v->shape[d];
-    i /= v->shape[d];
-  }
-  size_t used = (size_t)snprintf(text, size, "[");
-  for (int d = 0; d < v->ndim; d++)
-    used += (size_t)snprintf(text + used, size - used, "%s%lld", d ? ", " : "", (long long)at[d]);
-  snprintf(text + used, size - used, "]");
-  return text;
-}
-
 /* Looks at every target; counts those that are not ignored. */
 static int check_targets(work *w, int64_t positions) {
   const int64_t classes = w->rows.length;
@@ -273,12 +258,12 @@ static int check_targets(work *w, int64_t positions) {
     const int64_t t = target_at(w->target, i);
     if (t == w->ignore) continue;
     if (t < 0 || t >= classes) {
-      char at[HM_MAX_NDIM * 24];
+      char at[HM_POSITION_TEXT];
       return hm_cpu_fail(
           HM_ERR_ARG,
           "cross_entropy: target %lld at index %s (from 0) is not a class: there are C = %lld classes, 0 to %lld\n"
           "  hint: class labels count from 0; ignore_index is %lld",
-          (long long)t, position_text(w->target, i, at, sizeof at), (long long)classes, (long long)classes - 1,
+          (long long)t, hm_cpu_position_text(w->target, i, at), (long long)classes, (long long)classes - 1,
           (long long)w->ignore);
     }
     w->valid++;

@@ -128,8 +128,8 @@ static void write_all(const work *w) {
 
 /* ====== Entry ====== */
 
-/* "[3, 5]": the indices of position i. */
-static const char *position_text(const hm_view *v, int64_t i, char *text, size_t size) {
+const char *hm_cpu_position_text(const hm_view *v, int64_t i, char text[HM_POSITION_TEXT]) {
+  const size_t size = HM_POSITION_TEXT;
   int64_t at[HM_MAX_NDIM] = {0};
   for (int d = v->ndim - 1; d >= 0; d--) {
     at[d] = i % v->shape[d];
@@ -146,11 +146,11 @@ static int check_targets(const work *w) {
   for (int64_t i = 0; i < w->positions; i++) {
     const int64_t t = target_at(w, i);
     if (t == w->ignore || (t >= 0 && t < w->classes)) continue;
-    char at[HM_MAX_NDIM * 24];
+    char at[HM_POSITION_TEXT];
     return hm_cpu_fail(HM_ERR_ARG,
                        "%s: target %lld at index %s (from 0) is not a class: there are C = %lld classes, 0 to %lld\n"
                        "  hint: class labels count from 0; ignore_index is %lld",
-                       w->name, (long long)t, position_text(w->target, i, at, sizeof at), (long long)w->classes,
+                       w->name, (long long)t, hm_cpu_position_text(w->target, i, at), (long long)w->classes,
                        (long long)w->classes - 1, (long long)w->ignore);
   }
   return HM_OK;

@@ -202,7 +202,8 @@ static dnnl_status_t build(hm_prim *p, const_dnnl_primitive_desc_t pd, const arg
   return s;
 }
 
-/* The fastest description oneDNN has, or NULL where it has none that is not refused.  `impl` gets its name. */
+/* The fastest description oneDNN has; `impl` gets its name.  Where it has none, or only a slow one, *pd is NULL and that is no failure: the
+ * primitive is refused, and the caller goes another way. */
 static dnnl_status_t describe(const void *op_desc, bool accumulate, const_dnnl_primitive_desc_t hint,
                               dnnl_primitive_desc_t *pd, char *impl) {
   dnnl_primitive_attr_t attr = NULL;
@@ -365,7 +366,7 @@ static dnnl_status_t conv_describe(const hm_conv_desc *d, dnnl_primitive_desc_t 
                                                             m.stride, m.dilation, m.near, m.far);
   if (s == dnnl_success) s = describe(&cd, false, hint, pd, impl);
   if (hint) dnnl_primitive_desc_destroy(hint);
-  return s == dnnl_unimplemented ? dnnl_success : s;
+  return s == dnnl_unimplemented ? dnnl_success : s; /* *pd is NULL then, as describe() leaves it */
 }
 
 /* Offset of index i along dim in a blocked layout.  Offsets of several dims add up. */

@@ -11,6 +11,7 @@
  *
  * The gradient is written in gather form: each input pixel adds the windows that chose it, in order, so that no two
  * threads write one element.  Windows that do not overlap need no sum: each one writes its pixels.
+ * max_pool2d_relu_backward is the same of a gradient that becomes 0, as it is read, where the relu after the pool gave 0.
  */
 #include "vec.h"
 #include "window.h"
@@ -23,6 +24,8 @@ typedef struct geometry {
   int64_t kh, kw, sh, sw, ph, pw, dh, dw;
   int64_t reach_h, reach_w;    /* from a window's first place to behind its last */
   int64_t xs[4], ys[4], is[4]; /* strides (n, c, h, w) of image side, window side, index */
+  const hm_view *relu;         /* gradient: the result of a relu that came after, or NULL */
+  int64_t rs[4];               /* its strides */
 } geometry;
 
 static void strides4(const hm_view *v, int64_t *out) {
@@ -260,11 +263,51 @@ static int forward(const hm_kernel_call *call) {
 
 /* ====== Backward ====== */
 
+enum { CHANNELS = 1024 }; /* handled at a time */
+
+typedef int16_t any_i16 __attribute__((may_alias));
+typedef int32_t any_i32 __attribute__((may_alias));
+typedef int64_t any_i64 __attribute__((may_alias));
+
+/* What relu's gradient lets through: all ones where its result is above 0 or NaN, else 0. */
+static void relu_keeps(const geometry *g, int64_t at, int64_t m, uint8_t *restrict keep) {
+  double tile[CHANNELS];
+  const int dtype = g->relu->dtype;
+  const void *out = hm_tile_in(tile, dtype, hm_at(g->relu->data, at, dtype), dtype, m, g->rs[1]);
+  if (dtype == HM_F64) {
+    const double *x = out;
+    for (int64_t c = 0; c < m; c++) keep[c] = x[c] <= 0 ? 0 : 0xff;
+  } else if (dtype == HM_F32) {
+    const float *x = out;
+    for (int64_t c = 0; c < m; c++) keep[c] = x[c] <= 0 ? 0 : 0xff;
+  } else { /* by the bits: a sign or 0, and no NaN */
+    const uint16_t *x = out, lowest = dtype == HM_F16 ? 0xfc00 : 0xff80;
+    for (int64_t c = 0; c < m; c++) keep[c] = (int16_t)x[c] <= 0 && x[c] <= lowest ? 0 : 0xff;
+  }
+}
+
+/* dst[c] = keep[c] ? src[c] : 0; dst may be src. */
+#define DEFINE_LET_THROUGH(T)                                                                                          \
+  static void let_through_##T(any_##T *dst, const any_##T *src, const uint8_t *restrict keep, int64_t m) {             \
+    for (int64_t c = 0; c < m; c++) dst[c] = (any_##T)(src[c] & (any_##T)(int8_t)keep[c]);                             \
+  }
+DEFINE_LET_THROUGH(i16)
+DEFINE_LET_THROUGH(i32)
+DEFINE_LET_THROUGH(i64)
+
 /* m channels of the gradient and the index at one window position, dense and in `type`. */
 static __attribute__((noinline)) const void *window_grad(const geometry *g, const hm_view *grad, int64_t n, int64_t oy,
                                                          int64_t ox, int64_t c, int64_t m, void *tile, int type) {
   const int64_t at = n * g->ys[0] + c * g->ys[1] + oy * g->ys[2] + ox * g->ys[3];
-  return hm_tile_in(tile, type, hm_at(grad->data, at, grad->dtype), grad->dtype, m, g->ys[1]);
+  const void *dense = hm_tile_in(tile, type, hm_at(grad->data, at, grad->dtype), grad->dtype, m, g->ys[1]);
+  if (!g->relu) return dense;
+  uint8_t keep[CHANNELS];
+  relu_keeps(g, n * g->rs[0] + c * g->rs[1] + oy * g->rs[2] + ox * g->rs[3], m, keep);
+  const int size = hm_dtype_size(type);
+  if (size == 2) let_through_i16(tile, dense, keep, m);
+  else if (size == 4) let_through_i32(tile, dense, keep, m);
+  else let_through_i64(tile, dense, keep, m);
+  return tile;
 }
 
 static __attribute__((noinline)) const uint8_t *window_index(const geometry *g, const hm_view *index, int64_t n,
@@ -293,9 +336,6 @@ static __attribute__((noinline)) void put(const hm_view *out, const int64_t *s, 
   static void widen_##S(T *restrict wide, const uint8_t *restrict index, int64_t m) {                                  \
     for (int64_t c = 0; c < m; c++) wide[c] = (T)index[c];                                                             \
   }
-typedef int16_t any_i16 __attribute__((may_alias));
-typedef int32_t any_i32 __attribute__((may_alias));
-typedef int64_t any_i64 __attribute__((may_alias));
 DEFINE_CHOOSE(any_i16, i16)
 DEFINE_CHOOSE(any_i32, i32)
 DEFINE_CHOOSE(any_i64, i64)
@@ -311,8 +351,6 @@ static void choose(void *dst, const void *grad, const void *wide, int place, int
   else if (size == 4) choose_i32(dst, grad, wide, place, m);
   else choose_i64(dst, grad, wide, place, m);
 }
-
-enum { CHANNELS = 1024 }; /* handled at a time */
 
 /* Zeros in m channels of the image side from element `at` on. */
 static void clear(const geometry *g, const hm_view *out, int64_t at, int64_t m) {
@@ -408,6 +446,10 @@ static int backward(const hm_kernel_call *call) {
   geometry g;
   const int status = make_geometry(&g, out, &call->in[0], &call->in[1], call->attr + 1);
   if (status != HM_OK) return status;
+  if (call->op == HM_OP_MAX_POOL2D_RELU_BACKWARD) {
+    g.relu = &call->in[2];
+    strides4(g.relu, g.rs);
+  }
   const bool apart = g.sh >= g.reach_h && g.sw >= g.reach_w && g.oh > 0 && g.ow > 0;
   const bool covered = g.dh == 1 && g.dw == 1 && g.kh == g.sh && g.kw == g.sw && g.ph == 0 && g.pw == 0 &&
                        g.oh * g.sh == g.h && g.ow * g.sw == g.w;
@@ -591,7 +633,8 @@ static int adaptive_backward(const hm_kernel_call *call) {
 int HM_ISA_FN(hm_cpu_pool)(const hm_kernel_call *call) {
   switch (call->op) {
   case HM_OP_MAX_POOL2D: return forward(call);
-  case HM_OP_MAX_POOL2D_BACKWARD: return backward(call);
+  case HM_OP_MAX_POOL2D_BACKWARD:
+  case HM_OP_MAX_POOL2D_RELU_BACKWARD: return backward(call);
   case HM_OP_MAX_POOL2D_PICK: return pick_chosen(call);
   case HM_OP_ADAPTIVE_MAX_POOL2D: return adaptive_forward(call);
   case HM_OP_ADAPTIVE_MAX_POOL2D_BACKWARD: return adaptive_backward(call);

@@ -171,20 +171,6 @@ static void sort_row(const sorting *s, int64_t row, hm_sort_item *items) {
   }
 }
 
-/* The view without dim `dim`; *step: that dim's stride. */
-static hm_view without(const hm_view *v, int dim, int64_t *step) {
-  hm_view w = *v;
-  *step = v->ndim ? v->stride[dim] : 0;
-  if (v->ndim == 0) return w;
-  w.ndim = 0;
-  for (int d = 0; d < v->ndim; d++) {
-    if (d == dim) continue;
-    w.shape[w.ndim] = v->shape[d];
-    w.stride[w.ndim++] = v->stride[d];
-  }
-  return w;
-}
-
 static void set_sorting(sorting *s, const hm_kernel_call *call) {
   const bool top = call->op == HM_OP_TOPK;
   const int dim = (int)call->attr[top ? 1 : 0].i;
@@ -194,8 +180,8 @@ static void set_sorting(sorting *s, const hm_kernel_call *call) {
   s->flip = call->attr[top ? 2 : 1].i;
   s->n = s->x->ndim ? s->x->shape[dim] : 1;
   s->k = s->x->ndim ? s->value->shape[dim] : 1;
-  const hm_view value = without(s->value, dim, &s->step[0]);
-  const hm_view in[2] = {without(s->x, dim, &s->step[1]), without(s->index, dim, &s->step[2])};
+  const hm_view value = hm__without_dim(s->value, dim, &s->step[0]);
+  const hm_view in[2] = {hm__without_dim(s->x, dim, &s->step[1]), hm__without_dim(s->index, dim, &s->step[2])};
   s->rows = hm__loop_make(&s->l, &value, 2, in);
 }
 

@@ -22,7 +22,7 @@ typedef struct hm_split {
   int dtype, type;                          /* of x; computed in */
   int nk, nr;                               /* kept and reduced dims, outermost first */
   int64_t kn[HM_MAX_NDIM], ks[HM_MAX_NDIM]; /* kept: size, stride in x */
-  int64_t ko[HM_MAX_NDIM];                  /* kept: stride in the outputs, in their elements */
+  int64_t ko[HM_MAX_NDIM];                  /* kept: stride in the outputs (two lie alike), in their elements */
   int64_t rn[HM_MAX_NDIM], rs[HM_MAX_NDIM]; /* reduced */
   int64_t n_keep, n_red;
   bool columns;

@@ -121,9 +121,18 @@ int hm_cuda_status(cudaError_t error, const char *what) {
   return hm_cuda_device_status(cuda.current ? cuda.current : &cuda.device[0], error, what);
 }
 
+cudaError_t hm_cuda_pending(void) {
+  const hm_cuda_device *d = cuda.current ? cuda.current : &cuda.device[0];
+  cudaError_t error = cudaPeekAtLastError();
+  if (error == cudaSuccess) error = cudaStreamQuery(d->compute);
+  if (error != cudaErrorNotReady) return error;
+  (void)cudaGetLastError();
+  return cudaSuccess;
+}
+
 int hm_cuda_blas_status(cublasStatus_t status, const char *what) {
   if (status == CUBLAS_STATUS_SUCCESS) return HM_OK;
-  const cudaError_t error = cudaPeekAtLastError();
+  const cudaError_t error = hm_cuda_pending();
   if (error != cudaSuccess) return hm_cuda_status(error, what);
   const int code = status == CUBLAS_STATUS_ALLOC_FAILED ? HM_ERR_MEMORY : HM_ERR_INTERNAL;
   return hm_cuda_fail(code, "%s: cuBLAS: %s%s", what, cublasGetStatusString(status), details());

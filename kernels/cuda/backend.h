@@ -63,7 +63,10 @@ hm_cuda_device *hm_cuda_device_of(const void *data, const char *what);
 int hm_cuda_count(void);
 /* "what: cuda:0: text" for a CUDA error of a device; HM_OK for cudaSuccess.  what may be NULL here and in hm_cuda_wait. */
 int hm_cuda_device_status(hm_cuda_device *device, cudaError_t error, const char *what);
-/* The same for cuBLAS. */
+/* The error that the current device or the runtime has to tell, also where it came up in a library: these have a runtime of their own, whose
+ * errors ours does not see. */
+cudaError_t hm_cuda_pending(void);
+/* The same as hm_cuda_status for cuBLAS. */
 int hm_cuda_blas_status(cublasStatus_t status, const char *what);
 /* Waits for everything queued on the device, and tells what went wrong in it. */
 int hm_cuda_wait(hm_cuda_device *device, const char *what);

@@ -234,6 +234,8 @@ static int find_entry(const hm_cuda_product *p, const lines *l, lt_entry **out) 
   if (e->made && !memcmp(&e->key, &key, sizeof key)) return HM_OK;
   forget(e);
   cublasStatus_t s = describe(&key, p->x.dtype, e);
+  if (!s) /* a proposal may want to see that there is one */
+    s = set_desc(e, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
   if (!s) s = choose(d->blas_lt, &key, e);
   if (s) {
     forget(e);

@@ -29,6 +29,27 @@ static __global__ void __launch_bounds__(HM_BLOCK, 2) copy_any(sides s) {
   }
 }
 
+/* ---- 8-bit floats on one side or both; no other kernel reads or writes them ---- */
+
+HM_DEV uint8_t to_f8(int dtype, double x) { return dtype == HM_F8_E4M3 ? hm_f64_to_e4m3(x) : hm_f64_to_e5m2(x); }
+HM_DEV uint8_t to_f8(int dtype, int64_t x) { return dtype == HM_F8_E4M3 ? hm_i64_to_e4m3(x) : hm_i64_to_e5m2(x); }
+HM_DEV float from_f8(int dtype, uint8_t x) { return dtype == HM_F8_E4M3 ? hm_e4m3_to_f32(x) : hm_e5m2_to_f32(x); }
+HM_FN bool is_f8(int dtype) { return dtype == HM_F8_E4M3 || dtype == HM_F8_E5M2; }
+
+static __global__ void __launch_bounds__(HM_BLOCK, 2) copy_f8(sides s) {
+  const uint8_t *const src = static_cast<const uint8_t *>(s.src);
+  uint8_t *const dst = static_cast<uint8_t *>(s.dst);
+  const bool narrow = is_f8(s.dst_dtype), wide = is_f8(s.src_dtype);
+  for (uint32_t i = hm_global_thread(); i < s.walk.count; i += hm_global_threads()) {
+    int64_t at[2];
+    hm_offsets(s.walk, i, at);
+    if (!narrow) hm_store<double>(s.dst, s.dst_dtype, at[0], (double)from_f8(s.src_dtype, src[at[1]]));
+    else if (wide) dst[at[0]] = to_f8(s.dst_dtype, (double)from_f8(s.src_dtype, src[at[1]]));
+    else if (hm_is_int(s.src_dtype)) dst[at[0]] = to_f8(s.dst_dtype, hm_load<int64_t>(s.src, s.src_dtype, at[1]));
+    else dst[at[0]] = to_f8(s.dst_dtype, hm_load<double>(s.src, s.src_dtype, at[1]));
+  }
+}
+
 template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) copy_bytes(sides s) {
   for (uint32_t i = hm_global_thread(); i < s.walk.count; i += hm_global_threads()) {
     int64_t at[2];
@@ -180,6 +201,8 @@ static int copy_view(const hm_view *out, const hm_view *in, void *stream) {
     if (row >= 0) return run_turned(&l, row, &s, stream);
     if (s.dst_dtype == s.src_dtype) return run_bytes(l, &s, stream);
     s.walk = hm_make_walk<2>(&l);
+    if (is_f8(s.dst_dtype) || is_f8(s.src_dtype))
+      return HM_RUN("cast", copy_f8, hm_blocks(s.walk.count), HM_BLOCK, 0, stream, s);
     return HM_RUN("cast", copy_any, hm_blocks(s.walk.count), HM_BLOCK, 0, stream, s);
   });
 }

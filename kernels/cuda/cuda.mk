@@ -24,7 +24,7 @@ CUDA_INCLUDES := -Xcompiler -iquote,kernels,-iquote,kernels/cuda,-iquote,$(GEN)
 CUDA_FLAGS := -std=c++17 -O3 -g -fmad=false -Xcompiler -fPIC,-Wall,-Wextra,-fvisibility=hidden -Xptxas -warn-spills -diag-suppress 177
 CUDA_ARCHS := -gencode arch=compute_75,code=compute_75 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
 # What `cuda-all` adds: every other real architecture that this nvcc has.
-CUDA_MORE = $(foreach a,$(filter-out 80 90,$(patsubst sm_%,%,$(filter sm_75 sm_86 sm_87 sm_89 sm_100 sm_103 sm_120,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))),-gencode arch=compute_$(a),code=sm_$(a))
+CUDA_MORE = $(foreach a,$(filter-out 80 90,$(patsubst sm_%,%,$(filter sm_75 sm_86 sm_87 sm_88 sm_89 sm_100 sm_103 sm_110 sm_120,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))),-gencode arch=compute_$(a),code=sm_$(a))
 # What cuda-report compiles for.
 REPORT_ARCH ?= sm_90
 CUDA_PTXAS = $(CUDA_CU:kernels/cuda/%.cu=$(CUDA_OUT)/%.$(REPORT_ARCH).ptxas)

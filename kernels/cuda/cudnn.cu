@@ -323,10 +323,11 @@ static bool is_refusal(cudnnStatus_t s) {
 static int run_status(cudnnStatus_t s, const char *name, hm_cuda_cudnn_answer *answer) {
   *answer = s ? HM_CUDA_CUDNN_NO : HM_CUDA_CUDNN_YES;
   if (!s || is_refusal(s)) return HM_OK;
-  const cudaError_t error = cudaPeekAtLastError();
+  const cudaError_t error = hm_cuda_pending();
   if (error != cudaSuccess) return hm_cuda_status(error, name);
   return hm_cuda_fail(s == CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED ? HM_ERR_MEMORY : HM_ERR_INTERNAL,
-                      "%s: %s: %s", name, lib.about, lib.cudnnGetErrorString(s));
+                      "%s: %s: %s\n  hint: HALFMOON_CUDNN=0 leaves cudnn out", name, lib.about,
+                      lib.cudnnGetErrorString(s));
 }
 
 static cudnnStatus_t run_forward(cudnnHandle_t h, const entry *e, const hm_cuda_cudnn_call *c) {

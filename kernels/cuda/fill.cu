@@ -82,6 +82,8 @@ static uint64_t bits_of(int dtype, bool is_float, double f, int64_t i) {
     case HM_F16: return hm_f64_to_f16(f);
     case HM_BF16: return hm_f64_to_bf16(f);
     case HM_F32: return hm_f32_bits((float)f);
+    case HM_F8_E4M3: return hm_f64_to_e4m3(f);
+    case HM_F8_E5M2: return hm_f64_to_e5m2(f);
     default: return hm_f64_bits(f);
     }
   }
@@ -91,6 +93,8 @@ static uint64_t bits_of(int dtype, bool is_float, double f, int64_t i) {
   case HM_BF16: return hm_i64_to_bf16(i);
   case HM_F32: return hm_f32_bits((float)i);
   case HM_F64: return hm_f64_bits((double)i);
+  case HM_F8_E4M3: return hm_i64_to_e4m3(i);
+  case HM_F8_E5M2: return hm_i64_to_e5m2(i);
   default: return (uint64_t)i;
   }
 }

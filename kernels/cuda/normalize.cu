@@ -519,6 +519,11 @@ static void fill_job(channel_job *j, const hm_kernel_call *call) {
   j->plain = batch && back && call->attr[0].i == 0;
 }
 
+/* Kernels count their units of work in 32 bits. */
+static bool is_too_large(const hm_channel_plan &p) {
+  return (p.rows ? p.images * p.parts * ((p.c + HM_WARP - 1) / HM_WARP) : p.images * p.c) >= HM_CUDA_PIECE;
+}
+
 extern "C" int hm_cuda_channel_norm(const hm_kernel_call *call) {
   channel_job j;
   memset(&j, 0, sizeof j);
@@ -530,6 +535,7 @@ extern "C" int hm_cuda_channel_norm(const hm_kernel_call *call) {
   at += stat_numbers(&j.p) * size;
   for (int k = 0; k < COEFFICIENTS; k++) j.coefficient[k] = at + k * j.p.sets * j.p.c * size;
   const char *name = is_batch(call->op) ? "batch_norm" : "group_norm";
+  if (is_too_large(j.p)) return hm_cuda_fail(HM_ERR_UNSUPPORTED, "%s: 2^31 images times channels or more", name);
   if (call->compute == HM_F64)
     return is_backward(call->op) ? backward<double>(j, name, call->stream) : forward<double>(j, name, call->stream);
   return is_backward(call->op) ? backward<float>(j, name, call->stream) : forward<float>(j, name, call->stream);

@@ -319,11 +319,12 @@ static int load_module(hm_cuda_device *d, nvrtcProgram program, hm_user_kernel *
 static int compile(hm_cuda_device *d, const char *source, bool exact, hm_user_kernel *k) {
   char arch[64];
   snprintf(arch, sizeof arch, "--gpu-architecture=sm_%d%d", d->major, d->minor);
-  const char *options[5] = {arch, "-std=c++17", "-default-device", NULL, NULL};
+  const char *options[6] = {arch, "-std=c++17", "-default-device"};
   int n = 3;
   if (exact) options[n++] = "--fmad=false";
-#ifdef HM_CUDA_INCLUDE /* where cuda_fp16.h lies on the machine that built this */
+#ifdef HM_CUDA_INCLUDE /* where cuda_fp16.h lies on the machine that built this, and from CUDA 13 on cuda/std/cstdint */
   options[n++] = "--include-path=" HM_CUDA_INCLUDE;
+  options[n++] = "--include-path=" HM_CUDA_INCLUDE "/cccl";
 #endif
   nvrtcProgram program = NULL;
   int status = nvrtc_status(nvrtcCreateProgram(&program, source, "kernel.cu", 0, NULL, NULL), k->name);

@@ -7,7 +7,8 @@
  * adaptive_max_pool2d's is the place in the image, y * W + x.  A window whose places all lie outside the image (a wide dilation can
  * do that) gives -infinity and place 0, which is no pixel.
  * The gradient is in gather form: each pixel adds the windows that chose it, in their order; nothing is added
- * atomically.
+ * atomically.  max_pool2d_relu_backward is the same of a gradient that becomes 0, as it is read, where the relu after
+ * the pool gave 0: the pass of relu's own gradient is saved.
  */
 #include "pixel.h"
 #include "window.h"
@@ -26,8 +27,10 @@ struct pooling {
   geometry g;
   hm_pixels pixels; /* of the result */
   void *x, *y;
-  void *index; /* uint8 places in the window; adaptive: int64 places in the image */
-  int32_t x_dtype, y_dtype;
+  void *index;   /* uint8 places in the window; adaptive: int64 places in the image */
+  void *relu;    /* gradient: the result of a relu that came after, or NULL */
+  int64_t rs[4]; /* its strides */
+  int32_t x_dtype, y_dtype, relu_dtype;
   bool apart; /* gradient: windows do not overlap, so that nothing is added */
 };
 
@@ -91,6 +94,7 @@ template <class T> static __global__ void __launch_bounds__(HM_BLOCK, 2) max_poo
       for (int64_t ox = ox0; ox < ox1; ox++) {
         const int64_t dx = at[3] + g.pw - ox * g.sw, kx = g.dw == 1 ? dx : hm__quotient(dx, g.dw);
         if (kx * g.dw != dx || index[hm_at(g.is, at[0], at[1], oy, ox)] != ky * g.kw + kx) continue;
+        if (p.relu && hm_load<T>(p.relu, p.relu_dtype, hm_at(p.rs, at[0], at[1], oy, ox)) <= (T)0) continue;
         const T v = hm_load<T>(p.y, p.y_dtype, hm_at(g.ys, at[0], at[1], oy, ox));
         sum = p.apart ? v : sum + v;
       }
@@ -244,6 +248,10 @@ static int backward(const hm_kernel_call *call) {
   if (status != HM_OK) return status;
   set_operands(&p, x, y, index);
   p.apart = p.g.sh >= p.g.reach_h && p.g.sw >= p.g.reach_w;
+  if (call->op == HM_OP_MAX_POOL2D_RELU_BACKWARD) {
+    p.relu = call->in[2].data, p.relu_dtype = call->in[2].dtype;
+    strides4(&call->in[2], p.rs);
+  }
   return RUN_COMPUTED("max_pool2d_backward", max_pool_backward, x);
 }
 
@@ -280,7 +288,8 @@ static int adaptive_backward(const hm_kernel_call *call) {
 extern "C" int hm_cuda_pool(const hm_kernel_call *call) {
   switch (call->op) {
   case HM_OP_MAX_POOL2D: return forward(call);
-  case HM_OP_MAX_POOL2D_BACKWARD: return backward(call);
+  case HM_OP_MAX_POOL2D_BACKWARD:
+  case HM_OP_MAX_POOL2D_RELU_BACKWARD: return backward(call);
   case HM_OP_MAX_POOL2D_PICK: return pick_chosen(call);
   case HM_OP_ADAPTIVE_MAX_POOL2D: return adaptive_forward(call);
   case HM_OP_ADAPTIVE_MAX_POOL2D_BACKWARD: return adaptive_backward(call);

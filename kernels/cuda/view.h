@@ -113,15 +113,8 @@ HM_DEV uint32_t hm_global_threads(void) { return gridDim.x * blockDim.x; }
 
 /* A view without dim `dim`. */
 static inline hm_view hm_without_dim(const hm_view *v, int dim) {
-  hm_view w = *v;
-  if (v->ndim == 0) return w;
-  w.ndim = 0;
-  for (int d = 0; d < v->ndim; d++) {
-    if (d == dim) continue;
-    w.shape[w.ndim] = v->shape[d];
-    w.stride[w.ndim++] = v->stride[d];
-  }
-  return w;
+  int64_t step;
+  return hm__without_dim(v, dim, &step);
 }
 
 static inline char *hm_element(const void *data, int64_t at, int dtype) {

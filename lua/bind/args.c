@@ -128,6 +128,12 @@ void hb_options(lua_State *L, int idx, const char *who, const hb_option *list) {
 int hb_dtype_by_name(const char *name) {
   for (int i = 0; i < HM_DTYPE_COUNT; i++)
     if (strcmp(name, hm_dtype_name(i)) == 0 || strcmp(name, hm_dtype_short(i)) == 0) return i;
+  static const struct {
+    const char *name;
+    int dtype;
+  } also[] = {{"float8_e4m3fn", HM_F8_E4M3}, {"f8e4m3", HM_F8_E4M3}, {"f8e5m2", HM_F8_E5M2}}; /* PyTorch's, and short */
+  for (size_t i = 0; i < sizeof also / sizeof also[0]; i++)
+    if (strcmp(name, also[i].name) == 0) return also[i].dtype;
   return HM_NONE;
 }
 

@@ -52,7 +52,10 @@ static int l_backward(lua_State *L) {
   const walk_options o = read_options(L, next, "backward", false);
   hb_callbacks_sweep(L, st);
   hb_pressure_backward(L);
-  hb_check(L, st, hm_backward(&root, &grad, 1, o.retain, o.create));
+  hb_walk_begin(L, 1, 0);
+  const int end = lua_gettop(L), status = hm_backward(&root, &grad, 1, o.retain, o.create);
+  hb_walk_end(L, end);
+  hb_check(L, st, status);
   return 0;
 }
 
@@ -103,8 +106,12 @@ static int l_grad(lua_State *L) {
     slots[i] = hb_shell(L, st);
     lua_rawseti(L, -2, i + 1);
   }
-  const int status = hm_autograd_grad(roots, grads, n, inputs, m, o.retain, o.create, o.allow_unused, out);
+  hb_walk_begin(L, 1, 2);
+  const int end = lua_gettop(L),
+            status = hm_autograd_grad(roots, grads, n, inputs, m, o.retain, o.create, o.allow_unused, out);
   for (int i = 0; i < m; i++) *slots[i] = out[i];
+  hb_walk_end(L, end);
+  lua_settop(L, end - 1);
   hb_check(L, st, status);
   for (int i = 0; i < m; i++) {
     if (out[i]) {
@@ -334,8 +341,17 @@ static char *trace_place(void) {
   return text;
 }
 
+/* graph_has_dtype(tensor, dtype): whether the tensor, or one that carries its gradient to the leaves, has a dtype. */
+static int l_graph_has_dtype(lua_State *L) {
+  const hm_tensor *t = hb_tensor(L, hb_enter(L), 1, "graph_has_dtype", "tensor");
+  const int dtype = hb_dtype(L, 2, "graph_has_dtype");
+  lua_pushboolean(L, hm_graph_dtypes(t) >> dtype & 1);
+  return 1;
+}
+
 void hb_open_autograd(lua_State *L, hb_state *st) {
   static const luaL_Reg functions[] = {{"grad", l_grad},
+                                       {"graph_has_dtype", l_graph_has_dtype},
                                        {"record_custom", l_record_custom},
                                        {"custom_saved", l_custom_saved},
                                        {NULL, NULL}};
@@ -352,5 +368,6 @@ void hb_open_autograd(lua_State *L, hb_state *st) {
   hb_functions(L, functions);
   hb_methods(L, st, methods);
   hb_open_recompute(L);
+  hb_open_parts(L);
   hm_set_trace(trace_place);
 }

@@ -100,6 +100,8 @@ static inline void hb_check(lua_State *L, const hb_state *st, int status) {
 /* "nil, message, code" when the world refused (a file missing, damaged); raises for anything else.  saved_errno: errno
  * after the call. */
 int hb_refused(lua_State *L, int status, int saved_errno);
+/* A C function of the form (path) -> tensor | nil, message, code (files.c). */
+int hb_read_tensor(lua_State *L, const char *who, int (*read)(const char *path, hm_tensor **out));
 
 /* Runs fn from inside a callback of core, on the current coroutine L, protected.  fn finds `argument` as a light
  * userdata at 1 and the `extra` values that were on top of the stack (popped) from 2 on.  Afterwards the coroutine and
@@ -152,6 +154,28 @@ hm_tensor **hb_tensor_list(lua_State *L, hb_state *st, int idx, const char *who,
 /* Name given to the tensor, pushed as a string or nil. */
 void hb_push_name(lua_State *L, hb_state *st, int idx);
 void hb_open_tensor(lua_State *L, hb_state *st);
+
+/* ====== Fields of the table on top of the stack ====== */
+
+static inline void hb_set_integer(lua_State *L, const char *key, int64_t value) {
+  lua_pushinteger(L, value);
+  lua_setfield(L, -2, key);
+}
+
+static inline void hb_set_number(lua_State *L, const char *key, double value) {
+  lua_pushnumber(L, value);
+  lua_setfield(L, -2, key);
+}
+
+static inline void hb_set_string(lua_State *L, const char *key, const char *value) {
+  lua_pushstring(L, value);
+  lua_setfield(L, -2, key);
+}
+
+static inline void hb_set_bool(lua_State *L, const char *key, bool value) {
+  lua_pushboolean(L, value);
+  lua_setfield(L, -2, key);
+}
 
 /* ====== args.c: options and small arguments ====== */
 
@@ -215,6 +239,11 @@ int hb_inside_region(lua_State *L, hb_state *st, hm_region *r);
 
 /* ====== pressure.c ====== */
 void hb_pressure_install(void);
+/* parts.c: calls the function that hears of walks, if there is one, with the root or roots at an index and the inputs (0: none); pushes its
+ * result, or something that is no function. */
+void hb_walk_begin(lua_State *L, int root, int inputs);
+/* After the walk, whether it failed or not: calls the function at an index, if it is one.  Leaves the error of the walk as it is. */
+void hb_walk_end(lua_State *L, int end);
 /* Before a backward walk: frees the forward pass's temporaries, where collections are dear. */
 void hb_pressure_backward(lua_State *L);
 void hb_pressure_stats(int64_t *count, double *seconds);
@@ -232,7 +261,12 @@ void hb_open_factory(lua_State *L, hb_state *st);
 void hb_open_ops(lua_State *L, hb_state *st);
 void hb_open_autograd(lua_State *L, hb_state *st);
 void hb_open_recompute(lua_State *L); /* by hb_open_autograd */
+void hb_open_parts(lua_State *L);     /* by hb_open_autograd */
 void hb_open_modes(lua_State *L, hb_state *st);
+void hb_open_fp8(lua_State *L); /* by hb_open_modes */
+/* The recipe at idx, or NULL; and the one that plain "fp8" regions use, pushed.  Borrowed. */
+hm_fp8_recipe *hb_fp8_test(lua_State *L, int idx);
+hm_fp8_recipe *hb_fp8_default(lua_State *L, hb_state *st);
 void hb_open_optim(lua_State *L, hb_state *st);
 void hb_open_scaler(lua_State *L, hb_state *st);
 void hb_open_sandbox(lua_State *L, hb_state *st);
@@ -250,6 +284,8 @@ hm_optim *hb_optim(lua_State *L, int idx, const char *who);
 /* Every live scaler forgets an optimizer that is about to go (called in its finalizer). */
 void hb_scalers_forget(hb_state *st, const hm_optim *o);
 
+/* Makes the metatable of a userdata type: its finalizer (also __close, where `close`), and its methods or NULL. */
+void hb_metatable(lua_State *L, const char *name, lua_CFunction gc, bool close, const luaL_Reg *methods);
 /* Adds C functions to the table at the top of the stack. */
 void hb_functions(lua_State *L, const luaL_Reg *list);
 /* Adds C functions to core.Tensor. */

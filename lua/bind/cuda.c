@@ -7,11 +7,6 @@
 
 #define HB_KERNEL "halfmoon.Kernel"
 
-static void set_integer(lua_State *L, const char *key, int64_t value) {
-  lua_pushinteger(L, value);
-  lua_setfield(L, -2, key);
-}
-
 /* The device at idx, "cuda" when absent; raises for the CPU. */
 static int cuda_device(lua_State *L, int idx, const char *who) {
   if (lua_isnoneornil(L, idx)) {
@@ -45,12 +40,12 @@ static int l_properties(lua_State *L) {
   lua_createtable(L, 0, 10);
   lua_pushstring(L, info->name);
   lua_setfield(L, -2, "name");
-  set_integer(L, "major", info->major);
-  set_integer(L, "minor", info->minor);
-  set_integer(L, "total_memory", (int64_t)info->memory_bytes);
-  set_integer(L, "multi_processor_count", info->multiprocessors);
-  set_integer(L, "max_threads_per_block", info->max_threads_per_block);
-  set_integer(L, "shared_memory_per_block", (int64_t)info->shared_bytes_per_block);
+  hb_set_integer(L, "major", info->major);
+  hb_set_integer(L, "minor", info->minor);
+  hb_set_integer(L, "total_memory", (int64_t)info->memory_bytes);
+  hb_set_integer(L, "multi_processor_count", info->multiprocessors);
+  hb_set_integer(L, "max_threads_per_block", info->max_threads_per_block);
+  hb_set_integer(L, "shared_memory_per_block", (int64_t)info->shared_bytes_per_block);
   lua_pushfstring(L, "%d.%d", info->driver / 1000, info->driver % 1000 / 10);
   lua_setfield(L, -2, "driver");
   lua_pushfstring(L, "%d.%d", info->runtime / 1000, info->runtime % 1000 / 10);
@@ -76,13 +71,13 @@ static int l_counters(lua_State *L) {
   const hm_backend *backend = hm_cuda_device_count() > 0 ? hm_device_backend(1) : NULL;
   if (backend && backend->counters) backend->counters(&c);
   lua_createtable(L, 0, 4);
-  set_integer(L, "launches", c.launches);
-  set_integer(L, "synchronisations", c.synchronisations);
-  set_integer(L, "copies", c.copies);
-  set_integer(L, "bytes", c.bytes);
-  set_integer(L, "cudnn_convolutions", c.cudnn_convolutions);
-  set_integer(L, "im2col_convolutions", c.im2col_convolutions);
-  set_integer(L, "cudnn_refusals", c.cudnn_refusals);
+  hb_set_integer(L, "launches", c.launches);
+  hb_set_integer(L, "synchronisations", c.synchronisations);
+  hb_set_integer(L, "copies", c.copies);
+  hb_set_integer(L, "bytes", c.bytes);
+  hb_set_integer(L, "cudnn_convolutions", c.cudnn_convolutions);
+  hb_set_integer(L, "im2col_convolutions", c.im2col_convolutions);
+  hb_set_integer(L, "cudnn_refusals", c.cudnn_refusals);
   return 1;
 }
 
@@ -153,9 +148,6 @@ void hb_open_cuda(lua_State *L, hb_state *st) {
                                        {"cuda_compile", l_compile},
                                        {"cuda_launch", l_launch},
                                        {NULL, NULL}};
-  luaL_newmetatable(L, HB_KERNEL);
-  lua_pushcfunction(L, l_kernel_gc);
-  lua_setfield(L, -2, "__gc");
-  lua_pop(L, 1);
+  hb_metatable(L, HB_KERNEL, l_kernel_gc, false, NULL);
   hb_functions(L, functions);
 }

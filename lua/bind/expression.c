@@ -139,9 +139,6 @@ void hb_open_expression(lua_State *L, hb_state *st) {
                                        {"expression_call", l_call},
                                        {"expression_version", l_version},
                                        {NULL, NULL}};
-  luaL_newmetatable(L, HB_EXPRESSION);
-  lua_pushcfunction(L, l_gc);
-  lua_setfield(L, -2, "__gc");
-  lua_pop(L, 1);
+  hb_metatable(L, HB_EXPRESSION, l_gc, false, NULL);
   hb_functions(L, functions);
 }

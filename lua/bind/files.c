@@ -51,6 +51,15 @@ int hb_refused(lua_State *L, int status, int saved_errno) {
   return 3;
 }
 
+int hb_read_tensor(lua_State *L, const char *who, int (*read)(const char *path, hm_tensor **out)) {
+  hb_state *st = hb_enter(L);
+  const char *path = hb_string(L, 1, who, "the path");
+  hm_tensor **slot = hb_shell(L, st);
+  errno = 0;
+  const int status = read(path, slot);
+  return status ? hb_refused(L, status, errno) : 1;
+}
+
 /* ====== safetensors ====== */
 
 /* Entries at idx: array of {name, tensor}.  Pushes the buffer; names and tensors are borrowed from the table. */
@@ -182,14 +191,7 @@ static int l_npy_save(lua_State *L) {
 }
 
 /* core.npy_load(path) -> tensor | nil, message, code */
-static int l_npy_load(lua_State *L) {
-  hb_state *st = hb_enter(L);
-  const char *path = hb_string(L, 1, "npy_load", "the path");
-  hm_tensor **slot = hb_shell(L, st);
-  errno = 0;
-  const int status = hm_npy_read(path, slot);
-  return status ? hb_refused(L, status, errno) : 1;
-}
+static int l_npy_load(lua_State *L) { return hb_read_tensor(L, "npy_load", hm_npy_read); }
 
 /* core.npz_save(path, {{name, tensor}, ...}) -> true | nil, message, code */
 static int l_npz_save(lua_State *L) {
@@ -353,22 +355,9 @@ void hb_open_files(lua_State *L, hb_state *st) {
                                      {"batches", l_loader_batches},
                                      {"close", l_loader_close},
                                      {NULL, NULL}};
-  luaL_newmetatable(L, HB_FILE);
-  lua_pushcfunction(L, l_file_gc);
-  lua_setfield(L, -2, "__gc");
-  lua_pop(L, 1);
-  luaL_newmetatable(L, HB_NPZ);
-  lua_pushcfunction(L, l_npz_gc);
-  lua_setfield(L, -2, "__gc");
-  lua_pop(L, 1);
-  luaL_newmetatable(L, HB_LOADER);
-  lua_pushcfunction(L, l_loader_close);
-  lua_setfield(L, -2, "__gc");
-  lua_pushcfunction(L, l_loader_close);
-  lua_setfield(L, -2, "__close");
-  luaL_newlib(L, methods);
-  lua_setfield(L, -2, "__index");
-  lua_pop(L, 1);
+  hb_metatable(L, HB_FILE, l_file_gc, false, NULL);
+  hb_metatable(L, HB_NPZ, l_npz_gc, false, NULL);
+  hb_metatable(L, HB_LOADER, l_loader_close, true, methods);
   hb_functions(L, functions);
   hb_open_tables(L);
 }

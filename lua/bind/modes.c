@@ -33,9 +33,11 @@ struct guard {
   hb_mode *owner; /* kept alive by user value 1 */
   kind kind;
   bool open;
+  bool lent;             /* of hb_protected_inside: the mode is that of another place meanwhile */
   hm_mode former;        /* the fields of this kind are restored */
   guard *below, *above;  /* open guards of the same kind and coroutine; borrowed */
   hm_region *region;     /* KIND_REGION: kept alive by user value 2 */
+  hm_fp8_recipe *fp8;    /* KIND_AUTOCAST: what it has put into the mode, held; or NULL */
   char cls[HM_OP_COUNT]; /* classes of ops inside, where they are overridden */
 };
 
@@ -71,6 +73,20 @@ static void restore(hm_mode *to, const hm_mode *from, kind k) {
   to->low = from->low;
   to->backward_dtype = from->backward_dtype;
   to->cls = from->cls;
+  to->fp8 = from->fp8;
+  to->fp8_position = from->fp8_position;
+}
+
+/* The innermost scope from g on that was entered inside a region of this recipe; NULL: there is none. */
+static guard *entered_inside(guard *g, const hm_fp8_recipe *recipe) {
+  while (g && g->former.fp8 != recipe) g = g->below;
+  return g;
+}
+
+/* The count of products goes on in the region around. */
+static void hand_back_position(guard *g, const hm_mode *m) {
+  guard *inside = m->fp8 && g->kind == KIND_AUTOCAST ? entered_inside(g, m->fp8) : NULL;
+  if (inside) inside->former.fp8_position = m->fp8_position;
 }
 
 /* Takes g off its stack and undoes it.  Idempotent, never raises. */
@@ -84,15 +100,20 @@ static void close_guard(guard *g) {
     restore(&g->above->former, &g->former, g->kind);
   } else {
     m->top[g->kind] = g->below;
+    if (!g->lent) hand_back_position(g, &m->mode);
     restore(&m->mode, &g->former, g->kind);
   }
   if (g->below) g->below->above = g->above;
+  hm_fp8_recipe_release(g->fp8);
+  g->fp8 = NULL;
 }
 
 /* Makes g the innermost open guard of its kind; the mode is still as it was. */
 static void open_guard(guard *g, hb_mode *m, kind k) {
   g->kind = k;
+  g->lent = false;
   g->region = NULL;
+  g->fp8 = NULL;
   g->owner = m;
   g->former = m->mode;
   g->below = m->top[k];
@@ -120,12 +141,16 @@ int hb_protected_inside(lua_State *L, lua_CFunction fn, void *argument) {
   hb_mode *m = (hb_mode *)hb_push_mode(L, hb_now.state); /* there already, so nothing is allocated */
   guard lent[KIND_COUNT];
   const bool lend = &m->mode != inside;
-  for (int k = 0; lend && k < KIND_COUNT; k++) open_guard(&lent[k], m, (kind)k);
+  for (int k = 0; lend && k < KIND_COUNT; k++) {
+    open_guard(&lent[k], m, (kind)k);
+    lent[k].lent = true;
+  }
   if (lend) {
     m->mode = *inside;
     hm_mode_switch(&m->mode);
   }
   const int status = hb_protected(L, fn, argument, 0, true);
+  if (lend && m->mode.fp8 == inside->fp8) inside->fp8_position = m->mode.fp8_position;
   for (int k = 0; lend && k < KIND_COUNT; k++) close_guard(&lent[k]);
   hm_mode_switch(inside);
   lua_pop(L, 1);
@@ -254,12 +279,22 @@ int hb_inside_region(lua_State *L, hb_state *st, hm_region *r) {
 typedef struct region {
   bool enabled, cache;
   int dtype, backward;
+  bool fp8;
+  hm_fp8_recipe *recipe; /* of an fp8 region, borrowed; NULL: the default one, if need be */
 } region;
 
+/* The dtype at idx; "fp8" is none, but what autocast calls products on 8-bit operands. */
+static void read_dtype(lua_State *L, int idx, region *r) {
+  r->fp8 = lua_type(L, idx) == LUA_TSTRING && strcmp(lua_tostring(L, idx), "fp8") == 0;
+  r->dtype = r->fp8 ? HM_F8_E4M3 : hb_dtype(L, idx, "autocast");
+}
+
 static void check_region(lua_State *L, const region *r) {
-  if (r->dtype != HM_F16 && r->dtype != HM_BF16)
-    hb_error(L, "autocast: dtype must be float16 or bfloat16, got %s\n  hint: {enabled = false} for a run in float32",
-             hm_dtype_name(r->dtype));
+  if (r->dtype != HM_F16 && r->dtype != HM_BF16 && !r->fp8)
+    hb_error(L, "autocast: dtype must be float16 or bfloat16, got %s\n  hint: %s", hm_dtype_name(r->dtype),
+             hm_dtype_is_f8(r->dtype) ? "\"fp8\" for products on 8-bit operands"
+                                      : "{enabled = false} for a run in float32");
+  if (r->recipe && !r->fp8) hb_error(L, "autocast: a recipe is for dtype = \"fp8\", got %s", hm_dtype_name(r->dtype));
   if (r->backward != HM_NONE && r->backward != HM_F32)
     hb_error(L, "autocast: backward must be \"float32\" or nothing, got %s", hm_dtype_name(r->backward));
 }
@@ -305,12 +340,19 @@ static bool read_classes(lua_State *L, int idx, char *cls) {
 static bool read_region(lua_State *L, int idx, region *r, char *cls) {
   bool any = false;
   hb_options(L, idx, "autocast",
-             (const hb_option[]){{"dtype", HB_DTYPE, &r->dtype},
+             (const hb_option[]){{"dtype", HB_ANY, NULL},
                                  {"enabled", HB_BOOL, &r->enabled},
                                  {"cache_enabled", HB_BOOL, &r->cache},
                                  {"backward", HB_DTYPE, &r->backward},
                                  {"ops", HB_ANY, NULL},
+                                 {"recipe", HB_ANY, NULL},
                                  {0}});
+  if (lua_getfield(L, idx, "dtype") != LUA_TNIL) read_dtype(L, lua_gettop(L), r);
+  if (lua_getfield(L, idx, "recipe") != LUA_TNIL) {
+    r->recipe = hb_fp8_test(L, -1);
+    if (!r->recipe) hb_error(L, "autocast: recipe must be an amp.DelayedScaling, got %s", hb_came(L, -1));
+  }
+  lua_pop(L, 2);
   if (lua_getfield(L, idx, "ops") != LUA_TNIL) any = read_classes(L, lua_gettop(L), cls);
   lua_pop(L, 1);
   return any;
@@ -326,7 +368,7 @@ static bool in_use(int device) {
 /* Holds a region's dtype against the GPUs in use: one without tensor cores gains nothing (a warning, once), one without bfloat16 cannot do it. */
 static void check_devices(lua_State *L, hb_state *st, const region *r) {
   static bool warned;
-  for (int device = 1; r->enabled && in_use(device); device++) {
+  for (int device = 1; r->enabled && !r->fp8 && in_use(device); device++) {
     hb_check(L, st, hm_device_check_low(device, r->dtype));
     const hm_device_info *info = hm_device_get_info(device);
     if (!info || info->major >= 7 || warned) continue;
@@ -340,16 +382,26 @@ static void check_devices(lua_State *L, hb_state *st, const region *r) {
   }
 }
 
+/* Puts an fp8 region's recipe into the mode of g, the innermost scope.  A step begins where no region of the recipe is open around; computing
+ * a region of hm.checkpoint again is still the same step. */
+static void enter_fp8(guard *g, hm_fp8_recipe *recipe) {
+  hm_mode *m = &g->owner->mode;
+  const guard *inside = entered_inside(g, recipe);
+  if (!inside && !hm_region_recomputing()) hm_fp8_begin(recipe);
+  m->fp8_position = inside ? inside->former.fp8_position : 0;
+  m->fp8 = g->fp8 = hm_fp8_recipe_retain(recipe);
+}
+
 /* autocast([dtype | options][, fn, ...]) */
 static int l_autocast(lua_State *L) {
   hb_state *st = hb_enter(L);
   const hm_mode *now = hm_mode_current();
-  region r = {true, now->cache, HM_F16, HM_NONE};
+  region r = {true, now->cache, HM_F16, HM_NONE, false, NULL};
   char cls[HM_OP_COUNT] = {0};
   bool override = now->cls != NULL;
   if (override) memcpy(cls, now->cls, sizeof cls); /* inherited, and kept even if the outer guard goes first */
   int fn = 2;
-  if (lua_type(L, 1) == LUA_TSTRING) r.dtype = hb_dtype(L, 1, "autocast");
+  if (lua_type(L, 1) == LUA_TSTRING) read_dtype(L, 1, &r);
   else if (lua_type(L, 1) == LUA_TTABLE && luaL_getmetafield(L, 1, "__call") == LUA_TNIL)
     override |= read_region(L, 1, &r, cls);
   else if (lua_isnoneornil(L, 1)) fn = 2;
@@ -360,7 +412,11 @@ static int l_autocast(lua_State *L) {
   check_devices(L, st, &r);
   if (fn == 1 && lua_type(L, 1) == LUA_TTABLE) lua_pop(L, 1); /* the metafield */
   check_function(L, fn, "autocast");
-  guard *g = push_guard(L, st, KIND_AUTOCAST);
+  if (r.fp8 && r.enabled && !r.recipe) {
+    r.recipe = hb_fp8_default(L, st);
+    lua_pop(L, 1); /* the registry has it */
+  }
+  guard *g = push_guard(L, st, KIND_AUTOCAST); /* nothing raises until the function runs */
   memcpy(g->cls, cls, sizeof cls);
   hm_mode *m = &g->owner->mode;
   m->autocast = r.enabled;
@@ -368,6 +424,8 @@ static int l_autocast(lua_State *L) {
   m->low = (int8_t)r.dtype;
   m->backward_dtype = (int8_t)r.backward;
   m->cls = override ? g->cls : NULL;
+  if (r.fp8 && r.enabled) enter_fp8(g, r.recipe);
+  else m->fp8 = g->fp8 = hm_fp8_recipe_retain(m->fp8); /* held, even if the outer scope goes first */
   return enter(L, fn);
 }
 
@@ -386,7 +444,7 @@ static int l_autocast_state(lua_State *L) {
   lua_createtable(L, 0, 4);
   lua_pushboolean(L, m->autocast);
   lua_setfield(L, -2, "enabled");
-  lua_pushstring(L, hm_dtype_name(m->low));
+  lua_pushstring(L, m->low == HM_F8_E4M3 ? "fp8" : hm_dtype_name(m->low));
   lua_setfield(L, -2, "dtype");
   lua_pushboolean(L, m->cache);
   lua_setfield(L, -2, "cache_enabled");
@@ -437,4 +495,5 @@ void hb_open_modes(lua_State *L, hb_state *st) {
   lua_setfield(L, -2, "__index");
   lua_pop(L, 1);
   hb_functions(L, functions);
+  hb_open_fp8(L);
 }

@@ -161,6 +161,22 @@ void hb_callbacks_sweep(lua_State *L, hb_state *st) {
 
 void hb_functions(lua_State *L, const luaL_Reg *list) { luaL_setfuncs(L, list, 0); }
 
+void hb_metatable(lua_State *L, const char *name, lua_CFunction gc, bool close, const luaL_Reg *methods) {
+  luaL_newmetatable(L, name);
+  lua_pushcfunction(L, gc);
+  if (close) {
+    lua_pushvalue(L, -1);
+    lua_setfield(L, -3, "__close");
+  }
+  lua_setfield(L, -2, "__gc");
+  if (methods) {
+    lua_newtable(L);
+    luaL_setfuncs(L, methods, 0);
+    lua_setfield(L, -2, "__index");
+  }
+  lua_pop(L, 1);
+}
+
 void hb_methods(lua_State *L, hb_state *st, const luaL_Reg *list) {
   hb_push_ref(L, st, HB_REF_METHODS);
   luaL_setfuncs(L, list, 0);
@@ -175,6 +191,7 @@ static int l_state_gc(lua_State *L) {
     hm_mode_switch(NULL);
     hm_set_op_log(NULL, NULL);
     hm_set_op_watch(NULL, NULL);
+    hm_set_gradient_watch(NULL, NULL);
     hb_now = (hb_running){NULL, NULL};
   }
   while (st->dead) {

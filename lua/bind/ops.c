@@ -355,16 +355,6 @@ static int l_call(lua_State *L) {
 
 /* ====== core.ops: the table as Lua data ====== */
 
-static void set_string(lua_State *L, const char *key, const char *value) {
-  lua_pushstring(L, value);
-  lua_setfield(L, -2, key);
-}
-
-static void set_bool(lua_State *L, const char *key, bool value) {
-  lua_pushboolean(L, value);
-  lua_setfield(L, -2, key);
-}
-
 static void set_class(lua_State *L, char cls) {
   lua_pushlstring(L, &cls, 1);
   lua_setfield(L, -2, "cls");
@@ -393,9 +383,9 @@ static void push_default(lua_State *L, const hm_attr_info *a) {
 static void push_attr(lua_State *L, const hm_attr_info *a) {
   static const char *const types[] = {"int", "ints", "float", "bool", "dtype", "shape", "enum", "dim", "dims", "rng"};
   lua_createtable(L, 0, 5);
-  set_string(L, "name", a->name);
-  set_string(L, "type", types[a->type]);
-  set_bool(L, "optional", a->optional);
+  hb_set_string(L, "name", a->name);
+  hb_set_string(L, "type", types[a->type]);
+  hb_set_bool(L, "optional", a->optional);
   if (a->optional) {
     push_default(L, a);
     lua_setfield(L, -2, "default");
@@ -414,11 +404,11 @@ static void push_operands(lua_State *L, const hm_op_info *info) {
   lua_createtable(L, info->n_in, 0);
   for (int i = 0; i < info->n_in; i++) {
     lua_createtable(L, 0, 5);
-    set_string(L, "name", info->in[i].name);
+    hb_set_string(L, "name", info->in[i].name);
     set_class(L, info->in[i].cls);
-    set_bool(L, "optional", info->in[i].optional);
-    set_bool(L, "mutated", info->in[i].mutated);
-    set_bool(L, "differentiable", (info->diff_in >> i & 1) != 0);
+    hb_set_bool(L, "optional", info->in[i].optional);
+    hb_set_bool(L, "mutated", info->in[i].mutated);
+    hb_set_bool(L, "differentiable", (info->diff_in >> i & 1) != 0);
     lua_rawseti(L, -2, i + 1);
   }
   lua_setfield(L, -2, "inputs");
@@ -431,7 +421,7 @@ static void push_operands(lua_State *L, const hm_op_info *info) {
   lua_createtable(L, info->n_out, 0);
   for (int k = 0; k < info->n_out; k++) {
     lua_createtable(L, 0, 2);
-    set_string(L, "name", info->out[k].name);
+    hb_set_string(L, "name", info->out[k].name);
     set_class(L, info->out[k].cls);
     lua_rawseti(L, -2, k + 1);
   }
@@ -451,18 +441,18 @@ static const char *family_name(int family) {
 static void push_row(lua_State *L, const hm_op_info *info) {
   static const char *const lua_names[] = {"both", "function", "method", "no"}, *const ints[] = {"float", "keep", "no"};
   lua_createtable(L, 0, 16);
-  set_string(L, "name", info->name);
-  set_string(L, "signature", info->signature);
-  set_string(L, "doc", info->doc);
-  set_string(L, "meta", info->meta);
-  set_string(L, "family", family_name(info->family));
-  set_string(L, "ints", ints[info->ints]);
-  set_string(L, "lua", lua_names[info->lua]);
-  set_string(L, "domain", info->domain);
-  set_bool(L, "differentiable", info->differentiable);
-  set_bool(L, "partial", info->partial);
-  set_bool(L, "generated", info->generated);
-  set_bool(L, "dim_first", info->dim_first);
+  hb_set_string(L, "name", info->name);
+  hb_set_string(L, "signature", info->signature);
+  hb_set_string(L, "doc", info->doc);
+  hb_set_string(L, "meta", info->meta);
+  hb_set_string(L, "family", family_name(info->family));
+  hb_set_string(L, "ints", ints[info->ints]);
+  hb_set_string(L, "lua", lua_names[info->lua]);
+  hb_set_string(L, "domain", info->domain);
+  hb_set_bool(L, "differentiable", info->differentiable);
+  hb_set_bool(L, "partial", info->partial);
+  hb_set_bool(L, "generated", info->generated);
+  hb_set_bool(L, "dim_first", info->dim_first);
   lua_pushnumber(L, info->ulp);
   lua_setfield(L, -2, "ulp");
   push_operands(L, info);
@@ -483,12 +473,12 @@ static int l_ops(lua_State *L) {
 static void push_view(lua_State *L, const hm_view *v) {
   lua_createtable(L, 0, 3);
   if (v->flags & HM_VIEW_ABSENT) {
-    set_bool(L, "absent", true);
-    set_string(L, "dtype", "none");
+    hb_set_bool(L, "absent", true);
+    hb_set_string(L, "dtype", "none");
     lua_newtable(L);
   } else {
-    set_string(L, "dtype", hm_dtype_name(v->dtype));
-    if (v->flags & HM_VIEW_SCALAR) set_bool(L, "scalar", true);
+    hb_set_string(L, "dtype", hm_dtype_name(v->dtype));
+    if (v->flags & HM_VIEW_SCALAR) hb_set_bool(L, "scalar", true);
     hb_push_ints(L, v->ndim, v->shape);
   }
   lua_setfield(L, -2, "shape");
@@ -508,7 +498,7 @@ static void push_saved(lua_State *L, int n, hm_tensor *const *saved) {
   for (int i = 0, k = 0; i < n; i++) {
     if (!saved[i]) continue;
     lua_createtable(L, 0, 2);
-    set_string(L, "dtype", hm_dtype_name(saved[i]->dtype));
+    hb_set_string(L, "dtype", hm_dtype_name(saved[i]->dtype));
     hb_push_ints(L, saved[i]->ndim, saved[i]->shape);
     lua_setfield(L, -2, "shape");
     lua_rawseti(L, -2, ++k);
@@ -521,9 +511,9 @@ static int log_call(lua_State *L) {
   const hm_op_event *event = lua_touserdata(L, 1);
   hb_push_ref(L, hb_now.state, HB_REF_LOG);
   lua_createtable(L, 0, 6);
-  set_string(L, "op", event->info->name);
-  set_string(L, "family", family_name(event->info->family));
-  set_bool(L, "backward", event->backward);
+  hb_set_string(L, "op", event->info->name);
+  hb_set_string(L, "family", family_name(event->info->family));
+  hb_set_bool(L, "backward", event->backward);
   push_views(L, "inputs", event->n_in, event->in);
   push_views(L, "outputs", event->n_out, event->out);
   push_saved(L, event->n_saved, event->saved);

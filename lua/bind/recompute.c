@@ -74,9 +74,6 @@ void hb_open_recompute(lua_State *L) {
                                        {"region_run", l_region_run},
                                        {"is_recomputing", l_is_recomputing},
                                        {NULL, NULL}};
-  luaL_newmetatable(L, HB_REGION);
-  lua_pushcfunction(L, l_region_gc);
-  lua_setfield(L, -2, "__gc");
-  lua_pop(L, 1);
+  hb_metatable(L, HB_REGION, l_region_gc, false, NULL);
   hb_functions(L, functions);
 }

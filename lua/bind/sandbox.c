@@ -385,11 +385,6 @@ void hb_open_sandbox(lua_State *L, hb_state *st) {
   (void)st;
   static const luaL_Reg methods[] = {{"fields", l_fields}, {"init", l_init}, {"update", l_update}, {NULL, NULL}};
   static const luaL_Reg functions[] = {{"sandbox", l_new}, {NULL, NULL}};
-  luaL_newmetatable(L, HB_SANDBOX);
-  lua_pushcfunction(L, l_gc);
-  lua_setfield(L, -2, "__gc");
-  luaL_newlib(L, methods);
-  lua_setfield(L, -2, "__index");
-  lua_pop(L, 1);
+  hb_metatable(L, HB_SANDBOX, l_gc, false, methods);
   hb_functions(L, functions);
 }

@@ -80,21 +80,6 @@ typedef struct policy_call {
   bool stop;
 } policy_call;
 
-static void set_number(lua_State *L, const char *key, double value) {
-  lua_pushnumber(L, value);
-  lua_setfield(L, -2, key);
-}
-
-static void set_integer(lua_State *L, const char *key, int64_t value) {
-  lua_pushinteger(L, value);
-  lua_setfield(L, -2, key);
-}
-
-static void set_bool(lua_State *L, const char *key, bool value) {
-  lua_pushboolean(L, value);
-  lua_setfield(L, -2, key);
-}
-
 /* {[e] = count for each exponent from -126 to 127 that has any, zeros, subnormals} */
 static void push_histogram(lua_State *L, const int64_t *histogram) {
   lua_createtable(L, 0, 32);
@@ -103,8 +88,8 @@ static void push_histogram(lua_State *L, const int64_t *histogram) {
     lua_pushinteger(L, histogram[b]);
     lua_rawseti(L, -2, b - 127);
   }
-  set_integer(L, "zeros", histogram[HM_HISTOGRAM_ZEROS]);
-  set_integer(L, "subnormals", histogram[HM_HISTOGRAM_SUBNORMALS]);
+  hb_set_integer(L, "zeros", histogram[HM_HISTOGRAM_ZEROS]);
+  hb_set_integer(L, "subnormals", histogram[HM_HISTOGRAM_SUBNORMALS]);
 }
 
 /* [{name, amax, norm, inf_count, nan_count}] */
@@ -121,10 +106,10 @@ static void push_params(lua_State *L, hb_state *st, const hm_scaler_event *e) {
     }
     lua_setfield(L, -3, "name");
     lua_pop(L, 1);
-    set_number(L, "amax", f->amax);
-    set_number(L, "norm", f->norm);
-    set_integer(L, "inf_count", f->inf_count);
-    set_integer(L, "nan_count", f->nan_count);
+    hb_set_number(L, "amax", f->amax);
+    hb_set_number(L, "norm", f->norm);
+    hb_set_integer(L, "inf_count", f->inf_count);
+    hb_set_integer(L, "nan_count", f->nan_count);
     lua_rawseti(L, -2, i + 1);
   }
 }
@@ -134,13 +119,13 @@ static int run_policy(lua_State *L) {
   policy_call *call = lua_touserdata(L, 1);
   const hm_scaler_event *e = call->event;
   lua_createtable(L, 0, 9);
-  set_bool(L, "found_inf", e->found_inf);
-  set_integer(L, "inf_count", e->inf_count);
-  set_integer(L, "nan_count", e->nan_count);
-  set_integer(L, "step", e->step);
-  set_number(L, "scale", e->scale);
-  set_number(L, "amax", e->amax);
-  set_number(L, "norm", e->norm);
+  hb_set_bool(L, "found_inf", e->found_inf);
+  hb_set_integer(L, "inf_count", e->inf_count);
+  hb_set_integer(L, "nan_count", e->nan_count);
+  hb_set_integer(L, "step", e->step);
+  hb_set_number(L, "scale", e->scale);
+  hb_set_number(L, "amax", e->amax);
+  hb_set_number(L, "norm", e->norm);
   if (e->histogram) {
     push_histogram(L, e->histogram);
     lua_setfield(L, -2, "histogram");
@@ -229,23 +214,23 @@ static void push_culprits(lua_State *L, hb_state *st, const hm_step_record *r) {
     hb_push_name(L, st, -1);
     lua_setfield(L, -3, "name");
     lua_setfield(L, -2, "param");
-    set_integer(L, "index", c->index + 1);
-    set_integer(L, "inf_count", c->inf_count);
-    set_integer(L, "nan_count", c->nan_count);
+    hb_set_integer(L, "index", c->index + 1);
+    hb_set_integer(L, "inf_count", c->inf_count);
+    hb_set_integer(L, "nan_count", c->nan_count);
     lua_rawseti(L, -2, i + 1);
   }
 }
 
 static int push_record(lua_State *L, hb_state *st, const hm_step_record *r) {
   lua_createtable(L, 0, 9);
-  set_bool(L, "stepped", r->stepped);
-  set_bool(L, "found_inf", r->found_inf);
-  if (r->empty) set_bool(L, "empty", true);
-  set_integer(L, "inf_count", r->inf_count);
-  set_integer(L, "nan_count", r->nan_count);
-  if (!isnan(r->scale)) set_number(L, "scale", r->scale);
-  set_number(L, "norm", r->norm);
-  set_number(L, "amax", r->amax);
+  hb_set_bool(L, "stepped", r->stepped);
+  hb_set_bool(L, "found_inf", r->found_inf);
+  if (r->empty) hb_set_bool(L, "empty", true);
+  hb_set_integer(L, "inf_count", r->inf_count);
+  hb_set_integer(L, "nan_count", r->nan_count);
+  if (!isnan(r->scale)) hb_set_number(L, "scale", r->scale);
+  hb_set_number(L, "norm", r->norm);
+  hb_set_number(L, "amax", r->amax);
   push_culprits(L, st, r);
   lua_setfield(L, -2, "culprits");
   return 1;
@@ -319,10 +304,22 @@ static int l_assume(lua_State *L) {
   return 0;
 }
 
+/* s:tell(inf_count, nan_count, amax, norm): a check that was made elsewhere, before update() */
+static int l_tell(lua_State *L) {
+  hb_state *st = hb_enter(L);
+  hb_scaler *u = self(L, "tell");
+  const double inf = hb_number(L, 2, "tell", "inf_count"), nan = hb_number(L, 3, "tell", "nan_count");
+  const double amax = hb_number(L, 4, "tell", "amax"), norm = hb_number(L, 5, "tell", "norm");
+  if (!(inf >= 0 && inf <= 0x1p62) || !(nan >= 0 && nan <= 0x1p62))
+    return hb_error(L, "tell: the counts must not be negative, got %f and %f", inf, nan);
+  hb_check(L, st, hm_scaler_tell(u->s, (int64_t)inf, (int64_t)nan, amax, norm));
+  return 0;
+}
+
 static void push_update(lua_State *L, const hm_update_record *r) {
   lua_createtable(L, 0, 8);
-  set_number(L, "old_scale", r->old_scale);
-  set_number(L, "new_scale", r->new_scale);
+  hb_set_number(L, "old_scale", r->old_scale);
+  hb_set_number(L, "new_scale", r->new_scale);
   lua_pushstring(L, hm_scale_change_name(r->event));
   lua_setfield(L, -2, "event");
   if (r->event == HM_SCALE_FAULT || r->event == HM_SCALE_STOP) {
@@ -362,12 +359,12 @@ static int l_hear(lua_State *L) {
   if (!stop) hb_check(L, st, status);
   if (!heard) return 0;
   push_update(L, &h.record);
-  set_integer(L, "ticket", h.ticket);
-  set_integer(L, "step", h.step);
-  set_bool(L, "told", h.told);
-  set_bool(L, "found_inf", h.found_inf);
-  set_integer(L, "inf_count", h.inf_count);
-  set_integer(L, "nan_count", h.nan_count);
+  hb_set_integer(L, "ticket", h.ticket);
+  hb_set_integer(L, "step", h.step);
+  hb_set_bool(L, "told", h.told);
+  hb_set_bool(L, "found_inf", h.found_inf);
+  hb_set_integer(L, "inf_count", h.inf_count);
+  hb_set_integer(L, "nan_count", h.nan_count);
   return 1;
 }
 
@@ -464,6 +461,7 @@ void hb_open_scaler(lua_State *L, hb_state *st) {
                                      {"step", l_step},
                                      {"checked", l_checked},
                                      {"assume", l_assume},
+                                     {"tell", l_tell},
                                      {"update", l_update},
                                      {"set_policy", l_set_policy},
                                      {"want", l_want},
@@ -481,17 +479,7 @@ void hb_open_scaler(lua_State *L, hb_state *st) {
                                      {NULL, NULL}};
   static const luaL_Reg functions[] = {{"scaler_new", l_new}, {NULL, NULL}};
   static const luaL_Reg promise[] = {{"read", l_promise_read}, {NULL, NULL}};
-  luaL_newmetatable(L, HB_PROMISE);
-  lua_pushcfunction(L, l_promise_gc);
-  lua_setfield(L, -2, "__gc");
-  luaL_newlib(L, promise);
-  lua_setfield(L, -2, "__index");
-  lua_pop(L, 1);
-  luaL_newmetatable(L, HB_SCALER);
-  lua_pushcfunction(L, l_gc);
-  lua_setfield(L, -2, "__gc");
-  luaL_newlib(L, methods);
-  lua_setfield(L, -2, "__index");
-  lua_pop(L, 1);
+  hb_metatable(L, HB_PROMISE, l_promise_gc, false, promise);
+  hb_metatable(L, HB_SCALER, l_gc, false, methods);
   hb_functions(L, functions);
 }

@@ -8,21 +8,6 @@
 
 #include "bind.h"
 
-static void set_integer(lua_State *L, const char *key, int64_t value) {
-  lua_pushinteger(L, value);
-  lua_setfield(L, -2, key);
-}
-
-static void set_string(lua_State *L, const char *key, const char *value) {
-  lua_pushstring(L, value);
-  lua_setfield(L, -2, key);
-}
-
-static void set_bool(lua_State *L, const char *key, bool value) {
-  lua_pushboolean(L, value);
-  lua_setfield(L, -2, key);
-}
-
 /* The device at idx; the default device when absent. */
 static int optional_device(lua_State *L, int idx, const char *who) {
   hb_enter(L);
@@ -43,8 +28,8 @@ static int l_rng_state(lua_State *L) {
   uint64_t seed = 0, offset = 0;
   hm_random_get(optional_device(L, 1, "rng_state"), &seed, &offset);
   lua_createtable(L, 0, 2);
-  set_integer(L, "seed", (int64_t)seed);
-  set_integer(L, "offset", (int64_t)offset);
+  hb_set_integer(L, "seed", (int64_t)seed);
+  hb_set_integer(L, "offset", (int64_t)offset);
   return 1;
 }
 
@@ -66,20 +51,25 @@ static int l_memory_stats(lua_State *L) {
   hm_memory_stats s = {0};
   hb_check(L, st, hm_memory_get_stats(optional_device(L, 1, "memory_stats"), &s));
   lua_createtable(L, 0, 8);
-  set_integer(L, "live", s.live);
-  set_integer(L, "peak", s.peak);
-  set_integer(L, "cached", s.cached);
-  set_integer(L, "reserved", s.reserved);
-  set_integer(L, "allocs", s.allocs);
-  set_integer(L, "system_allocs", s.system_allocs);
-  set_integer(L, "layout_copies", s.layout_copies);
-  set_integer(L, "shadow_bytes", s.shadow_bytes);
-  set_integer(L, "pinned", s.pinned);
+  hb_set_integer(L, "live", s.live);
+  hb_set_integer(L, "peak", s.peak);
+  hb_set_integer(L, "cached", s.cached);
+  hb_set_integer(L, "reserved", s.reserved);
+  hb_set_integer(L, "allocs", s.allocs);
+  hb_set_integer(L, "system_allocs", s.system_allocs);
+  hb_set_integer(L, "layout_copies", s.layout_copies);
+  hb_set_integer(L, "shadow_bytes", s.shadow_bytes);
+  hb_set_integer(L, "pinned", s.pinned);
   return 1;
 }
 
+/* core.reset_peak([device]).  Collects first: what is dead but not found yet would count as live. */
 static int l_reset_peak(lua_State *L) {
-  hm_memory_reset_peak(optional_device(L, 1, "reset_peak"));
+  hb_enter(L);
+  const int device = optional_device(L, 1, "reset_peak");
+  lua_gc(L, LUA_GCCOLLECT);
+  lua_gc(L, LUA_GCCOLLECT); /* what finalizers let go */
+  hm_memory_reset_peak(device);
   return 0;
 }
 
@@ -94,7 +84,7 @@ static int l_collect_stats(lua_State *L) {
   double seconds;
   hb_pressure_stats(&count, &seconds);
   lua_createtable(L, 0, 2);
-  set_integer(L, "count", count);
+  hb_set_integer(L, "count", count);
   lua_pushnumber(L, seconds);
   lua_setfield(L, -2, "seconds");
   return 1;
@@ -132,14 +122,14 @@ static int l_is_deterministic(lua_State *L) {
 static int l_features(lua_State *L) {
   const hm_cpu_features *f = hm_cpu_get_features();
   lua_createtable(L, 0, 9);
-  set_string(L, "isa", f->isa);
-  set_bool(L, "avx2", f->avx2);
-  set_bool(L, "f16c", f->f16c);
-  set_bool(L, "avx512", f->avx512);
-  set_bool(L, "avx512_bf16", f->avx512_bf16);
-  set_bool(L, "amx", f->amx);
-  set_bool(L, "native_bf16", f->native_bf16);
-  set_integer(L, "threads", f->threads);
+  hb_set_string(L, "isa", f->isa);
+  hb_set_bool(L, "avx2", f->avx2);
+  hb_set_bool(L, "f16c", f->f16c);
+  hb_set_bool(L, "avx512", f->avx512);
+  hb_set_bool(L, "avx512_bf16", f->avx512_bf16);
+  hb_set_bool(L, "amx", f->amx);
+  hb_set_bool(L, "native_bf16", f->native_bf16);
+  hb_set_integer(L, "threads", f->threads);
   lua_pushfstring(L, "%d.%d.%d", f->onednn_version[0], f->onednn_version[1], f->onednn_version[2]);
   lua_setfield(L, -2, "onednn");
   return 1;
@@ -154,10 +144,10 @@ static int l_devices(lua_State *L) {
     hm_device_info info = {0};
     if (!b || b->device_info(id == HM_CPU ? 0 : id - 1, &info) != HM_OK) continue;
     lua_createtable(L, 0, 4);
-    set_string(L, "name", hm_device_name(id));
-    set_string(L, "kind", info.name);
-    set_string(L, "detail", info.detail);
-    set_integer(L, "memory", (int64_t)info.memory_bytes);
+    hb_set_string(L, "name", hm_device_name(id));
+    hb_set_string(L, "kind", info.name);
+    hb_set_string(L, "detail", info.detail);
+    hb_set_integer(L, "memory", (int64_t)info.memory_bytes);
     lua_rawseti(L, -2, ++n);
   }
   return 1;

@@ -86,14 +86,7 @@ static int l_csv_close(lua_State *L) {
 /* ====== Bytes ====== */
 
 /* core.bytes(path) -> u8 tensor | nil, message, code */
-static int l_bytes(lua_State *L) {
-  hb_state *st = hb_enter(L);
-  const char *path = hb_string(L, 1, "bytes", "the path");
-  hm_tensor **slot = hb_shell(L, st);
-  errno = 0;
-  const int status = hm_bytes_read(path, slot);
-  return status ? hb_refused(L, status, errno) : 1;
-}
+static int l_bytes(lua_State *L) { return hb_read_tensor(L, "bytes", hm_bytes_read); }
 
 /* core.cifar({path, ...}) -> images, labels | nil, message, code */
 static int l_cifar(lua_State *L) {
@@ -164,13 +157,6 @@ void hb_open_tables(lua_State *L) {
                                      {"read", l_csv_read},
                                      {"close", l_csv_close},
                                      {NULL, NULL}};
-  luaL_newmetatable(L, HB_CSV);
-  lua_pushcfunction(L, l_csv_close);
-  lua_setfield(L, -2, "__gc");
-  lua_pushcfunction(L, l_csv_close);
-  lua_setfield(L, -2, "__close");
-  luaL_newlib(L, methods);
-  lua_setfield(L, -2, "__index");
-  lua_pop(L, 1);
+  hb_metatable(L, HB_CSV, l_csv_close, true, methods);
   hb_functions(L, functions);
 }

@@ -1,29 +1,15 @@
 /*
- * telemetry.c -- what tensors hold, and the watch on kernel calls, for amp.histogram, amp.report and amp.debug.
+ * telemetry.c -- what tensors hold, and the watches on kernel calls and gradients, for amp.histogram, amp.report, amp.debug and
+ * amp.record_gradients.
  *
- * The watch's function stands in the registry under a key of its own.  It is called from the middle of a call into core, on the
+ * Each watch's function stands in the registry under a key of its own.  It is called from the middle of a call into core, on the
  * coroutine that made that call, so that debug.getinfo and the module path tell where it came from.
  */
 #include <math.h>
 
 #include "bind.h"
 
-static const char watch_key; /* its address is the registry key of the watch's function */
-
-static void set_integer(lua_State *L, const char *key, int64_t value) {
-  lua_pushinteger(L, value);
-  lua_setfield(L, -2, key);
-}
-
-static void set_number(lua_State *L, const char *key, double value) {
-  lua_pushnumber(L, value);
-  lua_setfield(L, -2, key);
-}
-
-static void set_string(lua_State *L, const char *key, const char *value) {
-  lua_pushstring(L, value);
-  lua_setfield(L, -2, key);
-}
+static const char watch_key, tap_key; /* their addresses are the registry keys of the watches' functions */
 
 /* ====== core.census ====== */
 
@@ -46,16 +32,16 @@ static int l_census(lua_State *L) {
   hm_census c;
   hb_check(L, st, hm_take_census(t, scale, &c, histogram));
   lua_createtable(L, 0, 11);
-  set_integer(L, "count", c.n);
-  set_integer(L, "zeros", c.zeros);
-  set_integer(L, "subnormals", histogram[HM_HISTOGRAM_SUBNORMALS]);
-  set_integer(L, "inf_count", c.inf + c.minus_inf);
-  set_integer(L, "nan_count", c.nan);
-  set_number(L, "amax", c.amax);
-  set_number(L, "norm", sqrt(c.sum_sq));
-  set_integer(L, "flushed", c.flushed);
-  set_integer(L, "f16_subnormal", c.subnormal);
-  set_integer(L, "overflow", c.overflow);
+  hb_set_integer(L, "count", c.n);
+  hb_set_integer(L, "zeros", c.zeros);
+  hb_set_integer(L, "subnormals", histogram[HM_HISTOGRAM_SUBNORMALS]);
+  hb_set_integer(L, "inf_count", c.inf + c.minus_inf);
+  hb_set_integer(L, "nan_count", c.nan);
+  hb_set_number(L, "amax", c.amax);
+  hb_set_number(L, "norm", sqrt(c.sum_sq));
+  hb_set_integer(L, "flushed", c.flushed);
+  hb_set_integer(L, "f16_subnormal", c.subnormal);
+  hb_set_integer(L, "overflow", c.overflow);
   push_bins(L, histogram);
   lua_setfield(L, -2, "bins");
   return 1;
@@ -64,7 +50,7 @@ static int l_census(lua_State *L) {
 /* ====== core.op_watch ====== */
 
 static void push_shape(lua_State *L, const hm_tensor *t) {
-  set_string(L, "dtype", hm_dtype_name(t->dtype));
+  hb_set_string(L, "dtype", hm_dtype_name(t->dtype));
   hb_push_ints(L, t->ndim, t->shape);
   lua_setfield(L, -2, "shape");
   lua_pushlightuserdata(L, (void *)hm_tensor_storage_id(t));
@@ -72,10 +58,10 @@ static void push_shape(lua_State *L, const hm_tensor *t) {
 }
 
 static void push_counts(lua_State *L, const hm_census *c) {
-  set_number(L, "amax", c->amax);
-  set_integer(L, "nan", c->nan);
-  set_integer(L, "inf", c->inf);
-  set_integer(L, "minus_inf", c->minus_inf);
+  hb_set_number(L, "amax", c->amax);
+  hb_set_integer(L, "nan", c->nan);
+  hb_set_integer(L, "inf", c->inf);
+  hb_set_integer(L, "minus_inf", c->minus_inf);
 }
 
 /* The name that somebody gave to a tensor that Lua has, e.g. "fc1.weight". */
@@ -92,13 +78,13 @@ static void push_operands(lua_State *L, hb_state *st, const hm_op_sight *s) {
     const hm_arg *a = &s->in[i];
     if (a->kind == HM_ARG_NONE) continue;
     lua_createtable(L, 0, 8);
-    set_string(L, "name", s->info->in[i].name);
+    hb_set_string(L, "name", s->info->in[i].name);
     if (a->kind == HM_ARG_TENSOR) {
       push_shape(L, a->t);
       push_counts(L, &s->in_census[i]);
       push_given_name(L, st, a->t);
     } else {
-      set_number(L, "value", a->kind == HM_ARG_FLOAT ? a->f : (double)a->i);
+      hb_set_number(L, "value", a->kind == HM_ARG_FLOAT ? a->f : (double)a->i);
     }
     lua_rawseti(L, -2, ++k);
   }
@@ -109,7 +95,7 @@ static void push_results(lua_State *L, const hm_op_sight *s) {
   for (int i = 0; i < s->n_results; i++) {
     const hm_op_result *r = &s->result[i];
     lua_createtable(L, 0, 8);
-    set_string(L, "name", r->name);
+    hb_set_string(L, "name", r->name);
     push_shape(L, r->t);
     push_counts(L, r->census);
     lua_rawseti(L, -2, i + 1);
@@ -122,11 +108,11 @@ static int tell(lua_State *L) {
   hb_state *st = hb_enter(L);
   if (lua_rawgetp(L, LUA_REGISTRYINDEX, &watch_key) != LUA_TFUNCTION) return 0;
   lua_createtable(L, 0, 8);
-  set_string(L, "op", s->info->name);
+  hb_set_string(L, "op", s->info->name);
   lua_pushboolean(L, s->backward);
   lua_setfield(L, -2, "backward");
-  set_string(L, "backward_of", s->backward_of);
-  set_string(L, "recorded", s->recorded);
+  hb_set_string(L, "backward_of", s->backward_of);
+  hb_set_string(L, "recorded", s->recorded);
   hb_push_place(L, st);
   lua_setfield(L, -2, "place");
   push_operands(L, st, s);
@@ -156,7 +142,56 @@ static int l_op_watch(lua_State *L) {
   return 1;
 }
 
+/* ====== core.gradient_watch ====== */
+
+/* Protected: fn{op, recorded, forward, foretold, dtype, count, amax, inf_count, nan_count, zeros, subnormals, bins} */
+static int tell_gradient(lua_State *L) {
+  const hm_gradient_sight *s = lua_touserdata(L, 1);
+  hb_enter(L);
+  if (lua_rawgetp(L, LUA_REGISTRYINDEX, &tap_key) != LUA_TFUNCTION) return 0;
+  lua_createtable(L, 0, 12);
+  hb_set_string(L, "op", s->op);
+  hb_set_string(L, "recorded", s->recorded);
+  lua_pushboolean(L, s->forward);
+  lua_setfield(L, -2, "forward");
+  lua_pushboolean(L, s->foretold);
+  lua_setfield(L, -2, "foretold");
+  hb_set_string(L, "dtype", hm_dtype_name(s->t->dtype));
+  hb_set_integer(L, "count", s->census->n);
+  hb_set_number(L, "amax", s->census->amax);
+  hb_set_integer(L, "inf_count", s->census->inf + s->census->minus_inf);
+  hb_set_integer(L, "nan_count", s->census->nan);
+  hb_set_integer(L, "zeros", s->census->zeros);
+  if (s->histogram) {
+    hb_set_integer(L, "subnormals", s->histogram[HM_HISTOGRAM_SUBNORMALS]);
+    push_bins(L, s->histogram);
+    lua_setfield(L, -2, "bins");
+  }
+  lua_call(L, 1, 0);
+  return 0;
+}
+
+static int on_gradient(void *ud, const hm_gradient_sight *sight) {
+  (void)ud;
+  return hb_now.L ? hb_protected_inside(hb_now.L, tell_gradient, (void *)sight) : HM_OK;
+}
+
+/* core.gradient_watch(fn or nil): fn hears of each gradient that float16 would hold, and of what forwards make */
+static int l_gradient_watch(lua_State *L) {
+  hb_enter(L);
+  const bool on = !lua_isnoneornil(L, 1);
+  if (on && lua_type(L, 1) != LUA_TFUNCTION)
+    return hb_error(L, "gradient_watch: argument 1 must be a function or nil, got %s", hb_came(L, 1));
+  lua_settop(L, 1);
+  lua_rawsetp(L, LUA_REGISTRYINDEX, &tap_key);
+  hm_set_gradient_watch(on ? on_gradient : NULL, NULL);
+  return 0;
+}
+
 void hb_open_telemetry(lua_State *L) {
-  static const luaL_Reg functions[] = {{"census", l_census}, {"op_watch", l_op_watch}, {NULL, NULL}};
+  static const luaL_Reg functions[] = {{"census", l_census},
+                                       {"op_watch", l_op_watch},
+                                       {"gradient_watch", l_gradient_watch},
+                                       {NULL, NULL}};
   hb_functions(L, functions);
 }

@@ -451,22 +451,42 @@ static void read_target(lua_State *L, hb_state *st, int idx, int *dtype, int *de
   else hb_dtype(L, idx, "to");
 }
 
-/* t:to(dtype | device | tensor, ... | {dtype, device, copy}) */
+/* The conversion to an 8-bit float that limits to its largest number, infinities too; NaN stays. */
+static int convert_saturated(lua_State *L, hb_state *st, hm_tensor *t, int dtype, int device) {
+  if (!hm_dtype_is_f8(dtype))
+    return hb_error(L, "to: saturate is for float8_e4m3 and float8_e5m2, got %s",
+                    dtype == HM_NONE ? "no dtype" : hm_dtype_name(dtype));
+  if (hm_dtype_is_f8(t->dtype)) {
+    hm_tensor **wide = hb_shell(L, st);
+    hb_check(L, st, hm_to(t, HM_F32, -1, false, wide));
+    t = *wide;
+  }
+  const double most = dtype == HM_F8_E4M3 ? 448 : 57344;
+  hm_tensor **held = hb_shell(L, st);
+  hb_check(L, st, hm_op_clamp(hm_t(t), -most, most, held));
+  return convert(L, st, *held, dtype, device, false);
+}
+
+/* t:to(dtype | device | tensor, ... | {dtype, device, copy, saturate}) */
 static int l_to(lua_State *L) {
   hb_state *st = hb_enter(L);
   hm_tensor *t = hb_tensor(L, st, 1, "to", "self");
   int dtype = HM_NONE, device = -1;
-  bool copy = false;
+  bool copy = false, saturate = false;
   int last = lua_gettop(L);
   if (lua_type(L, last) == LUA_TTABLE) {
     hb_options(L, last, "to",
-               (const hb_option[]){
-                   {"dtype", HB_DTYPE, &dtype}, {"device", HB_DEVICE, &device}, {"copy", HB_BOOL, &copy}, {0}});
+               (const hb_option[]){{"dtype", HB_DTYPE, &dtype},
+                                   {"device", HB_DEVICE, &device},
+                                   {"copy", HB_BOOL, &copy},
+                                   {"saturate", HB_BOOL, &saturate},
+                                   {0}});
     last--;
   } else if (last < 2) {
     return hb_error(L, "to: a dtype, a device or a tensor is missing");
   }
   for (int i = 2; i <= last; i++) read_target(L, st, i, &dtype, &device);
+  if (saturate) return convert_saturated(L, st, t, dtype, device);
   return convert(L, st, t, dtype, device, copy);
 }
 

@@ -8,7 +8,7 @@ return {
   --- hm.cpu.memory_stats() -> {live, peak, cached, reserved, allocs, system_allocs, layout_copies, shadow_bytes}, in
   --- bytes
   memory_stats = function() return core.memory_stats("cpu") end,
-  --- hm.cpu.reset_peak(): the peak starts again from what is live now
+  --- hm.cpu.reset_peak(): collects garbage; the peak starts again from what is live then
   reset_peak = function() core.reset_peak("cpu") end,
   --- hm.cpu.trim(): gives cached memory back to the system
   trim = function() core.trim("cpu") end,

@@ -52,7 +52,7 @@ function cuda.synchronize(device) core.synchronize(device) end
 ---@return table
 function cuda.memory_stats(device) return core.memory_stats(device or "cuda") end
 
---- hm.cuda.reset_peak([device]): the peak starts again from what is live now
+--- hm.cuda.reset_peak([device]): collects garbage; the peak starts again from what is live then
 ---@param device string?
 function cuda.reset_peak(device) core.reset_peak(device or "cuda") end
 

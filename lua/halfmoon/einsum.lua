@@ -239,10 +239,11 @@ local function einsum(equation, ...)
   end
   local state = core.autocast_state()
   if not state.enabled then return compute(equation, operands) end
-  local low = {}
+  local low, fp8 = {}, state.dtype == "fp8"
   for i, x in ipairs(operands) do
-    low[i] = x:is_floating_point() and x.dtype ~= "float64" and x:to(state.dtype) or x
+    low[i] = x:is_floating_point() and x.dtype ~= "float64" and x:to(fp8 and "float32" or state.dtype) or x
   end
+  if fp8 then return compute(equation, low) end -- its products round what they multiply
   return core.autocast({enabled = false}, compute, equation, low)
 end
 

@@ -59,7 +59,7 @@ end
 --- Long dtype name -> short one.
 errors.short_dtype = {
   float32 = "f32", float16 = "f16", bfloat16 = "bf16", float64 = "f64",
-  int64 = "i64", int32 = "i32", uint8 = "u8", bool = "bool",
+  int64 = "i64", int32 = "i32", uint8 = "u8", bool = "bool", float8_e4m3 = "f8_e4m3", float8_e5m2 = "f8_e5m2",
 }
 
 --- Any dtype name -> the long one.
@@ -67,6 +67,8 @@ errors.long_dtype = {}
 for long, short in pairs(errors.short_dtype) do
   errors.long_dtype[long], errors.long_dtype[short] = long, long
 end
+errors.long_dtype.float8_e4m3fn, errors.long_dtype.f8e4m3, errors.long_dtype.f8e5m2 =
+  "float8_e4m3", "float8_e4m3", "float8_e5m2"
 
 --- Number of single-letter edits between two words.
 ---@param a string

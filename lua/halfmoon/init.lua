@@ -17,13 +17,14 @@ local hm = {}
 local private = {}
 for name in ([[
   ops call op_log grad record_custom custom_saved region_new region_run detect_anomaly get_name set_name set_path_provider
+  fp8_new fp8_default fp8_recipe
   optim_new optim_kind grad_norm grad_scale grad_clip grad_clamp scaler_new sandbox autocast autocast_state cast_stats
   safetensors_save safetensors_load npy_save npy_load npz_save npz_load idx loader_new
   csv_open bytes cifar random_states set_random_states
-  now isatty mtime term_width exists census op_watch
+  now isatty mtime term_width exists census op_watch gradient_watch
   cuda_count cuda_properties cuda_counters cuda_compile cuda_launch synchronize
   expression_steps expression_new expression_call expression_version
-  features devices lua_release memory_stats reset_peak trim collect_stats alloc_fail_at
+  features devices graph_has_dtype graph_parts on_backward lua_release memory_stats reset_peak trim collect_stats alloc_fail_at
   lua_alloc_fail_at host_blocks
 ]]):gmatch("%S+") do
   private[name] = true

@@ -4,7 +4,7 @@
 
 ---@class Tensor
 ---@field shape integer[] sizes, a fresh table
----@field dtype string "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8" or "bool"
+---@field dtype string "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool", "float8_e4m3" or "float8_e5m2"
 ---@field device string "cpu" or "cuda:0"
 ---@field grad Tensor? the gradient; can be assigned
 ---@field requires_grad boolean whether a gradient is wanted; can be assigned on leaves of floating dtype
@@ -227,7 +227,8 @@ function Tensor:is_contiguous() end
 -- ====== Tensors: copies and conversions ======
 
 --- The tensor in another dtype or on another device; itself if there is nothing to do.  to("f16"), to("cpu"), to{dtype =, device =}.
----@param target string|{dtype: string?, device: string?, copy: boolean?}
+--- saturate: to 8-bit floats; what is too large becomes the largest number, not NaN or infinity.
+---@param target string|{dtype: string?, device: string?, copy: boolean?, saturate: boolean?}
 ---@return Tensor
 function Tensor:to(target) end
 
@@ -760,6 +761,14 @@ function Tensor:release() end
 ---@field ModuleDict fun(entries: table?): Module
 ---@field ParameterList fun(list: Tensor[]?): ParameterList
 ---@field ParameterDict fun(entries: table?): Module
+---@field MinMaxObserver fun(opts: table?): Observer
+---@field MovingAverageMinMaxObserver fun(opts: table?): Observer
+---@field PerChannelMinMaxObserver fun(channels: integer, opts: table?): Observer
+---@field MovingAveragePerChannelMinMaxObserver fun(channels: integer, opts: table?): Observer
+---@field FakeQuantize fun(opts: table?): FakeQuantize
+---@field QATLinear fun(layer: Linear, opts: table?): QATLinear
+---@field QATConv2d fun(layer: Conv2d, opts: table?): QATConv2d
+---@field quantize halfmoon.quantize
 ---@field CrossEntropyLoss fun(opts: table?): Module
 ---@field NLLLoss fun(opts: table?): Module
 ---@field MSELoss fun(opts: table?): Module
@@ -800,6 +809,10 @@ function hm.is_recomputing() end
 ---@field state_dict fun(): table
 ---@field load_state_dict fun(saved: table)
 ---@field LossScaleOptimizer fun(optimizer: Optimizer, opts: table|string|number|nil): LossScaleOptimizer
+---@field layer_scale fun(model: Module, rule: string|LayerRule, opts: table?): LayerScale
+---@field layer_rules table<string, LayerRule> layerwise, adaptive; and names()
+---@field DelayedScaling fun(opts: table?): DelayedScaling a recipe for autocast{dtype = "fp8", recipe = }
+---@field default_recipe fun(): DelayedScaling the one that autocast("fp8") uses
 ---@field Policy fun(name: string|DtypePolicy): DtypePolicy
 ---@field set_policy fun(module: Module, name: string|DtypePolicy): Module
 ---@field get_policy fun(module: Module): DtypePolicy?
@@ -808,7 +821,8 @@ function hm.is_recomputing() end
 local amp = {}
 
 --- A scope in which ops compute in a half dtype where that is safe, and in float32 where it is not; a guard, or a call of fn.
----@param opts string|{dtype: string?, enabled: boolean?, cache_enabled: boolean?, backward: string?, ops: table?}|function|nil
+--- "fp8" is an emulation on the CPU: products on factors rounded to 8 bits, scaled by the recipe.
+---@param opts string|{dtype: string?, enabled: boolean?, cache_enabled: boolean?, backward: string?, ops: table?, recipe: DelayedScaling?}|function|nil
 ---@param fn function?
 ---@param ... any arguments for fn
 function amp.autocast(opts, fn, ...) end
@@ -820,6 +834,27 @@ function amp.autocast_state() end
 --- Counters of the casts that autocast has made.
 ---@return table
 function amp.cast_stats() end
+
+--- Records the gradients that float16 training would hold, for amp.simulate; a recording, or with fn a call of it.
+---@param path string
+---@param source Module|Optimizer
+---@param opts {per_tensor: boolean?}|function|nil
+---@param fn function?
+---@param ... any further arguments of fn
+---@return GradientRecorder|any ...
+function amp.record_gradients(path, source, opts, fn, ...) end
+
+--- The steps of a recording, as its lines have them.
+---@param path string
+---@return table[]
+function amp.read_gradients(path) end
+
+--- Replays a recorded run through loss-scale policies.
+---@param trace string|table[] a file of amp.record_gradients, or its steps
+---@param policies (string|table)[]|string|nil names, tables, files, or {name, growth_interval = 50, label = "..."}; all if left out
+---@param opts {first: integer?, last: integer?}?
+---@return Simulation
+function amp.simulate(trace, policies, opts) end
 
 ---@class halfmoon.autograd
 local autograd = {}

@@ -222,6 +222,16 @@
 ---@field mish fun(self: Tensor): Tensor
 ---As mish, in place.
 ---@field mish_ fun(self: Tensor): Tensor
+---x rounded to a step of an integer grid of a scale and zero point, limited to [quant_min, quant_max]; the derivative
+---passes straight through inside.
+---@field fake_quantize fun(self: Tensor, scale: Tensor|number, zero_point: Tensor|number, quant_min?: integer, quant_max?: integer): Tensor
+---As fake_quantize, in place.
+---@field fake_quantize_ fun(self: Tensor, scale: Tensor|number, zero_point: Tensor|number, quant_min?: integer, quant_max?: integer): Tensor
+---x * scale rounded to an 8-bit float, limited to its largest number, divided by scale; the derivative passes straight
+---through.
+---@field fp8_round fun(self: Tensor, scale?: number, format?: "e4m3"|"e5m2"): Tensor
+---As fp8_round, in place.
+---@field fp8_round_ fun(self: Tensor, scale?: number, format?: "e4m3"|"e5m2"): Tensor
 ---x equal to y.
 ---@field eq fun(self: Tensor, y: Tensor|number): Tensor
 ---x not equal to y.
@@ -452,6 +462,12 @@
 ---@field hardtanh fun(x: Tensor|number, min_val?: number, max_val?: number): Tensor
 ---x times tanh(softplus(x)).
 ---@field mish fun(x: Tensor|number): Tensor
+---x rounded to a step of an integer grid of a scale and zero point, limited to [quant_min, quant_max]; the derivative
+---passes straight through inside.
+---@field fake_quantize fun(x: Tensor|number, scale: Tensor|number, zero_point: Tensor|number, quant_min?: integer, quant_max?: integer): Tensor
+---x * scale rounded to an 8-bit float, limited to its largest number, divided by scale; the derivative passes straight
+---through.
+---@field fp8_round fun(x: Tensor|number, scale?: number, format?: "e4m3"|"e5m2"): Tensor
 ---x equal to y.
 ---@field eq fun(x: Tensor|number, y: Tensor|number): Tensor
 ---x not equal to y.

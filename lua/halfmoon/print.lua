@@ -86,7 +86,7 @@ local function float_format(values, depth)
 end
 
 local function format_for(dtype, values, depth)
-  if dtype == "float32" or dtype == "float16" or dtype == "bfloat16" or dtype == "float64" then
+  if dtype:find("float", 1, true) then
     return float_format(values, depth)
   end
   return tostring, 1

@@ -256,8 +256,9 @@ methods.bernoulli = true
 
 -- ====== What a dtype holds ======
 
-local FLOATS = { -- bits of the whole, of the significand with the hidden one, and the exponent of the smallest normal
+local FLOATS = { -- bits of the whole, of the significand with the hidden one, the exponent of the smallest normal [, max]
   float64 = {64, 53, -1022}, float32 = {32, 24, -126}, float16 = {16, 11, -14}, bfloat16 = {16, 8, -126},
+  float8_e4m3 = {8, 4, -6, 448.0}, float8_e5m2 = {8, 3, -14},
 }
 local INTEGERS = {int64 = {64, math.mininteger, math.maxinteger}, int32 = {32, -2147483648, 2147483647}, uint8 = {8, 0,
   255}}
@@ -273,7 +274,7 @@ function M.finfo(dtype)
     raise("finfo: needs a floating dtype, not %s%s", describe(dtype), INTEGERS[name] and "\n  hint: iinfo" or "")
   end
   local bits, digits, least = facts[1], facts[2], facts[3]
-  local max = (2.0 - 2.0 ^ (1 - digits)) * 2.0 ^ (1 - least)
+  local max = facts[4] or (2.0 - 2.0 ^ (1 - digits)) * 2.0 ^ (1 - least)
   return {dtype = name, bits = bits, eps = 2.0 ^ (1 - digits), max = max, min = -max, tiny = 2.0 ^ least,
     smallest_subnormal = 2.0 ^ (least - digits + 1)}
 end

@@ -76,8 +76,8 @@ function Peer:close()
     self.input:write("quit\n")
     self.input:flush()
   end)
+  self.input:close() -- waits until the peer has gone; its shell opens the named pipe once more, which wants a reader
   self.output:close()
-  self.input:close()
 end
 
 return M

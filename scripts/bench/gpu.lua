@@ -64,42 +64,9 @@ end
 
 -- ====== Training steps ======
 
---- A model in training on the device -> step()
-local function training(name, run)
-  hm.manual_seed(1)
-  local model = workloads.models[name].class():to("cuda")
-  local opt = hm.optim.AdamW(model:parameters(), {lr = 1e-3, weight_decay = 0.01})
-  local low = run == "async" and "float16" or workloads.low[run]
-  local scaler
-  if low == "float16" then scaler = hm.amp.GradScaler {init_scale = 2.0 ^ 16, async = run == "async" or nil} end
-  local batches = {}
-  for i = 1, BATCHES do
-    batches[i] = {hm.randn({workloads.batch, 1, 28, 28}):to("cuda"), hm.randint(0, 10, {workloads.batch}):to("cuda")}
-  end
-  local at = 0
-  return function()
-    local batch = batches[at % BATCHES + 1]
-    at = at + 1
-    opt:zero_grad()
-    local loss
-    do
-      local _ <close> = low and hm.amp.autocast(low)
-      loss = hm.nn.functional.cross_entropy(model(batch[1]), batch[2])
-    end
-    if not scaler then
-      loss:backward()
-      opt:step()
-    else
-      scaler:scale(loss):backward()
-      scaler:step(opt)
-      scaler:update()
-    end
-    return loss
-  end
-end
-
 local function report_training(name, run, opt)
-  local step = training(name, run)
+  local training = workloads.on_cuda(name, run, BATCHES)
+  local function step() return training:step() end
   for _ = 1, opt.quick and 1 or WARMUP do step() end
   local rough = seconds(step)
   local steps = opt.quick and 1 or math.max(10, math.min(1000, math.ceil(0.3 / rough)))

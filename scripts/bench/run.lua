@@ -1,7 +1,9 @@
--- run.lua -- `make bench`: time and memory of training steps beside the machine's limits and beside PyTorch.
+-- run.lua -- `make bench`: time and memory of training steps beside the machine's limits and beside PyTorch; and,
+-- with --telemetry, what a gradient scaler and its statistics add to a step.
 --
 --     build/halfmoon scripts/bench/run.lua [--quick] [--workloads mlp,cnn] [--dtypes f32,bf16,f16] [--rounds 9]
 --                                          [--modes eager,compiled] [--peer PYTHON | none]
+--     build/halfmoon scripts/bench/run.lua --telemetry [--quick] [--workloads mlp,cnn] [--dtypes f32,bf16]
 --
 -- In each round the machine's limits, our run and the peer's runs take turns, a few steps each, so that a machine whose
 -- clock moves or that others use slows them all alike.  Figures are medians over the rounds.  Warm-up is left out.
@@ -13,6 +15,7 @@ local cli = require "halfmoon.train.cli"
 local here = arg[0]:match("^(.*)/[^/]*$") or "."
 local workloads = dofile(here .. "/workloads.lua")
 local client = dofile(here .. "/client.lua")
+local telemetry = dofile(here .. "/telemetry.lua")
 local quote = client.quote
 
 local WARMUP <const> = 6      -- steps before anything is timed, ours and the peer's
@@ -300,6 +303,7 @@ local OPTIONS = {
   {"workloads", table.concat(workloads.names, ","), "models"},
   {"dtypes", table.concat(workloads.dtypes, ","), "what to compute in"},
   {"rounds", 9, "turns of each"},
+  {"telemetry", false, "only what a gradient scaler costs: its check, its statistics, a policy update"},
   {"modes", "", "the peer's modes: eager, compiled; default: both, with --quick eager"},
   {"peer", "", "Python with torch, or none; default: build/peer/env/bin/python, else python3"},
 }
@@ -349,6 +353,10 @@ local function main(opt)
   assert(os.execute("mkdir -p " .. quote(bench.scratch)))
   local data = bench.scratch .. "/data.safetensors"
   bench.batches, bench.source = workloads.batches(data, BATCHES)
+  if opt.telemetry then
+    bench.examples = here .. "/../../examples"
+    return telemetry.report(workloads, names, dtypes, bench, {say = say, print_table = print_table, median = median})
+  end
   bench.peak = build_peak(bench.scratch)
   join_peer(bench, opt)
   if bench.peer then assert(bench.peer:ask("data %s", data)) end

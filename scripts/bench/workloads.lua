@@ -1,6 +1,6 @@
 -- workloads.lua -- the benchmark's models in training, as a user would write them, and what their steps cost at least.
 --
--- Loaded by run.lua.  Names of layers are those of peer.py, so that both start from the same weights.
+-- Loaded by run.lua, gpu.lua and gpu_cost.lua.  Names of layers are those of peer.py, so that both start from the same weights.
 
 local hm = require "halfmoon"
 local nn, optim, amp, data = hm.nn, hm.optim, hm.amp, hm.data
@@ -122,8 +122,26 @@ function M.run(name, dtype, batches, path)
   return self
 end
 
---- One training step -> loss (a tensor)
-function Run:step()
+--- A model of workload `name` in training on cuda, for gpu.lua and gpu_cost.lua, with `count` batches of random numbers there.
+---@param name string
+---@param run string f32, bf16, f16 (with the scaler) or async (with GradScaler{async = true})
+---@param count integer
+---@return Run
+function M.on_cuda(name, run, count)
+  hm.manual_seed(1)
+  local low = run == "async" and "float16" or M.low[run]
+  local self = setmetatable({low = low, batches = {}, at = 0}, Run)
+  self.model = M.models[name].class():to("cuda")
+  self.opt = optim.AdamW(self.model:parameters(), {lr = 1e-3, weight_decay = 0.01})
+  self.scaler = low == "float16" and amp.GradScaler {init_scale = 2.0 ^ 16, async = run == "async" or nil} or nil
+  for i = 1, count do
+    self.batches[i] = {hm.randn({BATCH, 1, 28, 28}):to("cuda"), hm.randint(0, 10, {BATCH}):to("cuda")}
+  end
+  return self
+end
+
+--- The next batch's loss (a tensor), from no gradients.
+function Run:forward()
   local batch = self.batches[self.at % #self.batches + 1]
   self.at = self.at + 1
   self.opt:zero_grad()
@@ -132,6 +150,12 @@ function Run:step()
     local _ <close> = self.low and amp.autocast(self.low)
     loss = nn.functional.cross_entropy(self.model(batch[1]), batch[2])
   end
+  return loss
+end
+
+--- One training step -> loss (a tensor)
+function Run:step()
+  local loss = self:forward()
   if self.scaler then
     self.scaler:scale(loss):backward()
     self.scaler:step(self.opt)

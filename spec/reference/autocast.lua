@@ -12,7 +12,7 @@ local M = {}
 local LISTS = {
   low = [[matmul linear conv2d prelu attention
     linear_backward_input linear_backward_weight conv2d_backward_input conv2d_backward_weight attention_backward]],
-  float32 = [[exp log log2 log10 log1p expm1 pow reciprocal rsqrt tan asin acos sinh cosh softplus
+  float32 = [[exp log log2 log10 log1p expm1 pow reciprocal rsqrt tan asin acos sinh cosh softplus fake_quantize
     sum prod norm logsumexp cumsum cumsum_reverse cumprod softmax log_softmax
     squared_error absolute_error smooth_l1 bce_with_logits kl_div_term cross_entropy nll_loss
     layer_norm rms_norm group_norm interpolate2d interpolate2d_backward]],

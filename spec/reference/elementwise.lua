@@ -198,6 +198,42 @@ M.elu = function(x, attr) return x > 0 and x or (attr.alpha or 1) * expm1(x) end
 M.hardtanh = function(x, attr) return isnan(x) and x or math.max(attr.min_val or -1, math.min(x, attr.max_val or 1)) end
 M.mish = function(x) return isnan(x) and x or x * tanh(softplus(x)) end
 
+--- The place on the grid before it is limited.
+local function grid(x, scale, zero_point) return round(x * (1 / scale)) + zero_point end
+M.fake_quantize = function(x, scale, zero_point, attr)
+  local q, low, high = grid(x, scale, zero_point), attr.quant_min or -128, attr.quant_max or 127
+  if q < low then q = low elseif q > high then q = high end
+  return (q - zero_point) * scale
+end
+
+--- x rounded to an 8-bit float: mantissa bits, exponent of the smallest normal number, largest number; saturating.
+local function to_f8(x, digits, least, most)
+  if x == 0 or isnan(x) then return x end
+  local e = x ~= inf and x ~= -inf and floor(math.log(math.abs(x), 2)) + 1 or 20
+  while 2.0 ^ (e - 1) > math.abs(x) do e = e - 1 end
+  while 2.0 ^ e <= math.abs(x) and e < 1025 do e = e + 1 end
+  local step = 2.0 ^ (math.max(e - 1, least) - digits)
+  local r = round(x / step) * step
+  return math.max(-most, math.min(r, most))
+end
+M.to_f8 = to_f8
+
+M.fp8_round = function(x, attr)
+  if x == inf or x == -inf then return x end
+  local scale = attr.scale or 1
+  if attr.format == "e5m2" then return to_f8(x * scale, 2, -14, 57344) / scale end
+  return to_f8(x * scale, 3, -6, 448) / scale
+end
+
+--- What goes through the rows whose derivative is declared, not that of the value: by the first input.
+M.straight_through = {
+  fp8_round = function() return 1 end,
+  fake_quantize = function(x, scale, zero_point, attr)
+    local q = grid(x, scale, zero_point)
+    return (q < (attr.quant_min or -128) or q > (attr.quant_max or 127)) and 0 or 1
+  end,
+}
+
 M.squared_error = function(x, target) return (x - target) ^ 2 end
 M.absolute_error = function(x, target) return math.abs(x - target) end
 M.smooth_l1 = function(x, target, attr)

@@ -43,6 +43,8 @@ local function index_of(shape, p)
   return index
 end
 
+M.at, M.index_of = at, index_of
+
 -- ====== Reductions ======
 
 --- Groups the elements of a by what is left after reducing dims (a set; nil: all).  Calls visit(group position, value,

@@ -11,6 +11,7 @@ local philox = require "spec.reference.philox"
 
 local R = {}
 local inf, nan = math.huge, 0 / 0
+local at, index_of = naive.at, naive.index_of
 
 -- ====== Shapes and places ======
 
@@ -18,23 +19,6 @@ local function count(shape, from, to)
   local n = 1
   for d = from or 1, to or #shape do n = n * shape[d] end
   return n
-end
-
---- Flat position of an index (all from 1).
-local function at(shape, index)
-  local p = 0
-  for d = 1, #shape do p = p * shape[d] + index[d] - 1 end
-  return p + 1
-end
-
-local function index_of(shape, p)
-  local index = {}
-  p = p - 1
-  for d = #shape, 1, -1 do
-    index[d] = p % shape[d] + 1
-    p = p // shape[d]
-  end
-  return index
 end
 
 local function copy(list) return table.move(list, 1, #list, 1, {}) end

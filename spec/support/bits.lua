@@ -1,19 +1,14 @@
 -- bits.lua -- tensors as the bytes they lie in, and back, by way of a safetensors file that is put together here byte by byte.
 
 local hm = require "halfmoon"
+local read = require("spec.support.files").read
 
 local M = {}
 
 local NAMES = {
   float32 = "F32", float16 = "F16", bfloat16 = "BF16", float64 = "F64", int64 = "I64", int32 = "I32", uint8 = "U8", bool = "BOOL",
+  float8_e4m3 = "F8_E4M3", float8_e5m2 = "F8_E5M2",
 }
-
-local function read(path)
-  local f = assert(io.open(path, "rb"))
-  local bytes = f:read("a")
-  f:close()
-  return bytes
-end
 
 --- The bytes of a safetensors file: entries {name, dtype as the file has it, shape, bytes}, in order; extra: JSON to stand before them.
 function M.file(entries, extra)

@@ -6,6 +6,7 @@
 -- for each walk and ends with "N failures survived"; raises at the first thing that is not as it should be.
 
 local hm = require "halfmoon"
+local files = require "spec.support.files"
 local folder = arg[1]
 local survived = 0
 
@@ -20,19 +21,8 @@ local function status()
   return tonumber(count), fired == "1", tonumber(open)
 end
 
-local function read(path)
-  local f = assert(io.open(path, "rb"))
-  local bytes = f:read("a")
-  f:close()
-  return bytes
-end
-
-local function write(name, bytes)
-  local f = assert(io.open(folder .. "/" .. name, "wb"))
-  f:write(bytes)
-  f:close()
-  return folder .. "/" .. name
-end
+local read = files.read
+local function write(name, bytes) return files.write(folder .. "/" .. name, bytes) end
 
 local function must(ok, ...)
   if not ok then error(("%s, %s, call %d: %s"):format(...), 0) end

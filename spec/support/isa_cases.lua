@@ -171,8 +171,9 @@ local function arrays(add, n)
     for name, image in pairs {rows = picture, channels_last = last} do
       case("max_pool2d " .. name, function()
         local y, index = core.call("max_pool2d", image, {kernel_size = {3, 2}, stride = {2, 2}, padding = {1, 0}})
-        return y, index, core.call("max_pool2d_backward", y, index,
-          {shape = image.shape, kernel_size = {3, 2}, stride = {2, 2}, padding = {1, 0}})
+        local attrs = {shape = image.shape, kernel_size = {3, 2}, stride = {2, 2}, padding = {1, 0}}
+        return y, index, core.call("max_pool2d_backward", y, index, attrs),
+          core.call("max_pool2d_relu_backward", y, index, core.call("relu", y), attrs)
       end)
       case("avg_pool2d " .. name, function()
         local y = core.call("avg_pool2d", image, {kernel_size = {3, 2}, stride = {2, 1}, padding = {1, 1}, ceil_mode = true})

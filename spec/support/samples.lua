@@ -58,6 +58,8 @@ end
 -- Attribute settings of elementwise rows beyond the defaults; rows made from their derivatives use the same.
 local SETTINGS = {
   clamp = {{}, {min = -1}, {max = 1.5}, {min = -1.25, max = 2}},
+  fake_quantize = {{}, {quant_min = 0, quant_max = 5}, {quant_min = -3, quant_max = 2}},
+  fp8_round = {{}, {scale = 4, format = "e5m2"}, {scale = 0.125}},
   softplus = {{}, {beta = 2, threshold = 3}},
   addcmul = {{}, {value = -0.75}}, addcdiv = {{}, {value = -0.75}},
   leaky_relu = {{}, {negative_slope = 0.3}}, elu = {{}, {alpha = 1.7}}, hardtanh = {{}, {min_val = -2.5,
@@ -158,6 +160,10 @@ local SAMPLES = {
     {{{2, 3, 2, 3}, {2, 3, 2, 3}}, {kernel_size = {2}, shape = {2, 3, 4, 6}}},
     {{{1, 2, 4, 4}, {1, 2, 4, 4}}, {kernel_size = {3}, stride = {1}, shape = {1, 2, 6, 6}}},
   },
+  max_pool2d_relu_backward = {
+    {{{2, 3, 2, 3}, {2, 3, 2, 3}, {2, 3, 2, 3}}, {kernel_size = {2}, shape = {2, 3, 4, 6}}},
+    {{{1, 2, 4, 4}, {1, 2, 4, 4}, {1, 2, 4, 4}}, {kernel_size = {3}, stride = {1}, shape = {1, 2, 6, 6}}},
+  },
   cast = {},
   copy_ = {{{{5, 7}, {5, 7}}}, {{{5, 7}, {7}}}, {{{5, 7}, {}}}, {{{3, 700}, {3, 1}}}},
   fill_ = {{{{5, 7}, 1.5}}, {{{1500}, 3}}}, arange_ = {{{{37}, 1, 2}}, {{{1500}, 0, 1}}},
@@ -216,8 +222,11 @@ for name, list in pairs {
   var = SPREAD, std = SPREAD, cumsum = LINES, cumsum_reverse = LINES, cumprod = SHORT_LINES,
   prod = {{{{5, 7}}, {dim = 1}}, {{{5, 7}}, {dim = 0, keepdim = true}}, {{{4, 6}}}, {{{3, 4, 5}}, {dim = 1}}, {{{130,
     8}}, {dim = 1}}},
-  prod_backward = {{{{5}, {5, 7}}, {dim = 1}}, {{{1, 7}, {5, 7}}, {dim = 0, keepdim = true}}, {{{}, {4, 6}}}},
+  prod_backward = {{{{5}, {5, 7}}, {dim = 1}}, {{{1, 7}, {5, 7}}, {dim = 0, keepdim = true}}, {{{}, {3, 4}}}},
   cumprod_backward = {{{{5, 7}, {5, 7}, {5, 7}}, {dim = 1}}, {{{3, 4, 5}, {3, 4, 5}, {3, 4, 5}}, {dim = 1}}},
+  prod_backward_backward = {{{{5, 7}, {5}, {5, 7}}, {dim = 1}}, {{{5, 7}, {1, 7}, {5, 7}}, {dim = 0, keepdim = true}},
+    {{{3, 4}, {}, {3, 4}}}},
+  cumprod_backward_backward = {{{{5, 7}, {5, 7}, {5, 7}}, {dim = 1}}, {{{3, 4, 5}, {3, 4, 5}, {3, 4, 5}}, {dim = 1}}},
   norm = {{{{5, 7}}, {dim = {1}}}, {{{5, 7}}, {}}, {{{3, 4, 5}}, {dim = {0, 2}, p = 1, keepdim = true}},
     {{{5, 7}}, {dim = {0}, p = 3}}, {{{5, 7}}, {dim = {1}, p = 0}}, {{{2, 1500}}, {dim = {1}}}},
   logsumexp = {{{{5, 7}}, {dim = {1}}}, {{{3, 4, 5}}, {dim = {0, 2}, keepdim = true}}, {{{2, 1500}}, {dim = {1}}}},

@@ -34,7 +34,6 @@ local loss_grads = require "halfmoon.amp.loss_grads"
 local optimizer_class = require "halfmoon.optim.optimizer"
 local nested = require "halfmoon.amp.nested"
 local options = require "halfmoon.options"
-local region = require "halfmoon.amp.region"
 
 local raise, describe = errors.raise, errors.describe
 
@@ -145,7 +144,7 @@ local function wrap_forward(model, p)
   local forward = rawget(model, "forward") or class_method(model, "forward")
   if p.patch_functions then
     rawset(model, "forward", function(self, ...)
-      return nested.cast_all(p.cast_model_outputs, region.autocast(p.dtype, forward, self, ...))
+      return nested.cast_all(p.cast_model_outputs, core.autocast(p.dtype, forward, self, ...))
     end)
   elseif p.cast_model_type then
     rawset(model, "forward", function(self, ...)

@@ -36,9 +36,9 @@ local function want_dtype(where, name)
   raise("%s: cast_inputs must be float32, float16 or bfloat16, came %s", where, describe(name))
 end
 
---- Runs fn in a region like the one that was noted.
+--- Runs fn in a region like the one that was noted.  (Of "fp8" in float32: its slots are those of the forward.)
 local function inside(state, fn, ...)
-  if not state.enabled then return core.autocast({enabled = false}, fn, ...) end
+  if not state.enabled or state.dtype == "fp8" then return core.autocast({enabled = false}, fn, ...) end
   return core.autocast({dtype = state.dtype, cache_enabled = state.cache_enabled}, fn, ...)
 end
 
@@ -94,7 +94,7 @@ end
 ---@param fn fun(...): ...
 ---@return fun(...): ...
 function custom.half_function(fn)
-  return casting("half_function", fn, function(state) return state.dtype end)
+  return casting("half_function", fn, function(state) return state.dtype == "fp8" and "float32" or state.dtype end)
 end
 
 --- A function that, inside amp.autocast, gets its floating arguments in float32.  Autocast stays on in it.

@@ -18,7 +18,6 @@ local core = require "halfmoon.core"
 local class = require "halfmoon.nn.class"
 local nested = require "halfmoon.amp.nested"
 local errors = require "halfmoon.errors"
-local region = require "halfmoon.amp.region"
 
 local raise, describe = errors.raise, errors.describe
 
@@ -63,7 +62,7 @@ local function forward(self, ...)
   local dtype = self._policy.compute_dtype
   local inner = getmetatable(self).__index.forward
   if dtype == "float16" or dtype == "bfloat16" then
-    return region.autocast(dtype, inner, self, nested.cast_all(dtype, ...))
+    return core.autocast(dtype, inner, self, nested.cast_all(dtype, ...))
   end
   return core.autocast({enabled = false}, inner, self, nested.cast_all(dtype, ...))
 end

@@ -17,7 +17,7 @@ local core = require "halfmoon.core"
 local errors = require "halfmoon.errors"
 local options = require "halfmoon.options"
 local policies = require "halfmoon.amp.policies"
-local region = require "halfmoon.amp.region"
+local chosen = require "halfmoon.amp.scaler_options"
 
 local raise, describe = errors.raise, errors.describe
 
@@ -33,119 +33,19 @@ local KEPT = 4096 -- updates that record() remembers
 ---@field dtype string what the losses are computed in: "float16", "bfloat16" or "float32"
 ---@field warned boolean? whether it was said that bfloat16 needs no scale
 ---@field async boolean whether step() answers nil
+---@field replayed table? statistics of a step that was recorded elsewhere, for the policy; see replay()
 ---@field awaiting table<integer, table> records of updates that the device has not told of yet, by ticket
 local GradScaler = {}
 GradScaler.__index = GradScaler
 
--- ====== Options ======
+local spec, policy_options, finite_above = chosen.spec, chosen.policy_options, chosen.finite_above
+local split_options, check_extra, check_needs = chosen.split, chosen.check_extra, chosen.check_needs
+local options_of, copy, carry_over = chosen.of, chosen.copy, chosen.carry_over
 
-local function finite_above(low)
-  return function(value)
-    if value > low and value < math.huge then return end
-    return ("must be above %g and finite"):format(low)
-  end
-end
-
-local function fraction(value)
-  if value > 0 and value < 1 then return end
-  return "must lie between 0 and 1"
-end
-
-local spec = {
-  enabled = {"boolean", true},
-  init_scale = {"number", nil, finite_above(0)},
-  growth_factor = {"number", 2.0, finite_above(1)},
-  backoff_factor = {"number", 0.5, fraction},
-  growth_interval = {"integer", 2000, options.at_least(1)},
-  min_scale = {"number", nil, options.at_least(0)},
-  max_scale = {"number", nil, options.above(0)},
-  policy = {"string|table", "dynamic"},
-  dtype = {"string", "float16"},
-  allow_f16_grads = {"boolean", false},
-  async = {"boolean", false},
-  trace = {"string|table"},
-}
-local policy_options = {"growth_factor", "backoff_factor", "growth_interval"}
-
---- Sorts out what was given: options of the scaler (checked), and further ones for the policy.
-local function split_options(given)
-  local own, extra = {}, {}
-  for name, value in pairs(given or {}) do
-    if spec[name] then own[name] = value else extra[name] = value end
-  end
-  return options.check("GradScaler", own, spec), extra
-end
-
---- Raises for an option that neither the scaler nor the policy knows, or that is not of the default's type.
-local function check_extra(where, extra, runner)
-  local known = options.names(spec)
-  for name in pairs(runner.options or {}) do
-    if not spec[name] then known[#known + 1] = name end
-  end
-  for name, value in pairs(extra) do
-    local near, edits
-    if type(name) == "string" then near, edits = errors.closest(name, known) end
-    local default = runner.options and runner.options[name]
-    local declared = default ~= nil
-    if declared and type(default) ~= type(value) then
-      raise("%s (policy '%s'): option '%s' must be a %s, not %s", where, runner.name, name, type(default),
-        describe(value))
-    end
-    if not declared and (runner.options or type(name) ~= "string" or (near and edits <= 2)) then
-      options.unknown(("%s (policy '%s')"):format(where, runner.name), name, known)
-    end
-  end
-end
+local FOR_POLICIES = {} -- the options among them that policies read
+for _, name in ipairs(policy_options) do FOR_POLICIES[name] = true end
 
 -- ====== Policies ======
-
---- A copy of plain data.
-local function copy(value)
-  if type(value) ~= "table" then return value end
-  local new = {}
-  for k, v in pairs(value) do new[k] = copy(v) end
-  return new
-end
-
---- Takes fields of `old` over into `new` where name and type agree.
-local function carry_over(old, new)
-  local kept, reset = {}, {}
-  for name, value in pairs(new) do
-    if old[name] ~= nil and type(old[name]) == type(value) then
-      new[name] = copy(old[name])
-      kept[#kept + 1] = tostring(name)
-    else
-      reset[#reset + 1] = tostring(name)
-    end
-  end
-  table.sort(kept)
-  table.sort(reset)
-  return kept, reset
-end
-
---- The options that a policy sees: what was given, else its own default, else the scaler's.
-local function options_of(given, runner, bounds)
-  local opts = {}
-  for _, name in ipairs(policy_options) do opts[name] = spec[name][2] end
-  for name, default in pairs(runner.options or {}) do opts[name] = default end
-  for name, value in pairs(given) do opts[name] = value end
-  for name, value in pairs(bounds) do opts[name] = value end
-  return opts
-end
-
---- Statistics that only a scaler that waits for the device has.
-local SLOW = {histogram = true, per_param = true}
-
---- Raises if the scaler cannot tell what the policy needs.
-local function check_needs(where, runner, async)
-  for _, name in ipairs(runner.needs) do
-    if async and SLOW[name] then
-      raise("%s: policy '%s' needs '%s', which a scaler with async = true does not have: its events carry the counts, "
-        .. "amax and norm\n  hint: make the scaler without async, or take a policy that needs less", where, runner.name,
-        name)
-    end
-  end
-end
 
 --- Tells the engine what the policy needs; nothing is measured that nobody wants.
 local function want(self)
@@ -203,9 +103,9 @@ local function decide(self, event)
     scale = event.scale,
   }
   for _, name in ipairs(self.policy.needs) do
-    told[name] = event[name]
+    told[name] = self.replayed and self.replayed[name] or event[name]
     -- a policy that came in between the check and update() was not there to say what it needs
-    if event[name] == nil then
+    if told[name] == nil then
       return self.core:get_scale() * (event.found_inf and self.opts.backoff_factor or 1)
     end
   end
@@ -479,7 +379,7 @@ end
 --- Changes the policy: a name, a table, or a file that is read again whenever it changes.  The scale and every state
 --- field that both policies have stay; the result names what was kept and what was reset.
 ---@param policy string|table
----@param opts table? further options for the policy
+---@param opts table? growth_factor, backoff_factor, growth_interval, and the policy's own options
 ---@return {policy: string, kept: string[], reset: string[], message: string}
 function GradScaler:set_policy(policy, opts)
   local runner = policies.resolve("set_policy", policy)
@@ -488,6 +388,10 @@ function GradScaler:set_policy(policy, opts)
     if type(opts) ~= "table" then raise("set_policy: options must be a table, not %s", describe(opts)) end
     local extra = {}
     for name, value in pairs(opts) do
+      if spec[name] and not FOR_POLICIES[name] then
+        raise("set_policy: option '%s' belongs to the scaler, which is made with it\n  hint: %s", name,
+          name == "init_scale" and "set_scale() sets the scale" or "amp.GradScaler{...} takes it")
+      end
       if spec[name] then value = options.value("set_policy", name, value, spec[name]) else extra[name] = value end
       given[name] = value
     end
@@ -516,7 +420,7 @@ end
 
 --- Says once that a loss made in bfloat16 needs no scale.
 local function warn_bfloat16(self, loss)
-  if (loss.dtype ~= "bfloat16" and region.low ~= "bfloat16") or not self.core:is_enabled() then return end
+  if not self.core:is_enabled() or not core.graph_has_dtype(loss, "bfloat16") then return end
   self.warned = true
   io.stderr:write("halfmoon: this GradScaler scales a loss computed in bfloat16, which has the range of float32; the "
     .. "scale stays in use\n  hint: amp.GradScaler{dtype = \"bf16\"} keeps it at 1 and only checks gradients; "
@@ -660,6 +564,19 @@ function GradScaler:update(new_scale)
   return record
 end
 
+--- update() after a step that was recorded elsewhere, as if step() had checked its gradients: for the simulator.
+--- found: {inf_count, nan_count, amax, norm [, histogram, per_param]} of the unscaled gradients; they overflowed if one
+--- of the counts is not 0.  A policy that stops raises, as in update().
+---@param self GradScaler
+---@param found table
+---@return {old_scale: number, new_scale: number, event: string, message: string?}
+local function replay(self, found)
+  self.replayed = found
+  self.core:tell(found.inf_count, found.nan_count, found.amax, found.norm)
+  if found.inf_count + found.nan_count > 0 then note_skip(self, {}) end
+  return self:update()
+end
+
 -- ====== Reading and setting ======
 
 --- The present scale; 1 when disabled.  With async = true on a GPU it waits for the device.
@@ -800,4 +717,4 @@ function GradScaler:__tostring()
     last and (" (last: step %d%s)"):format(last.step, last.name and ", " .. last.name or "") or "")
 end
 
-return {new = new, GradScaler = GradScaler, note_skip = note_skip, want = want}
+return {new = new, GradScaler = GradScaler, note_skip = note_skip, want = want, replay = replay}

@@ -14,19 +14,31 @@ local core = require "halfmoon.core"
 local apex = require "halfmoon.amp.apex"
 local custom = require "halfmoon.amp.custom"
 local dtype_policy = require "halfmoon.amp.dtype_policy"
+local fp8 = require "halfmoon.amp.fp8"
 local report = require "halfmoon.amp.report"
 
 return {
-  autocast = require("halfmoon.amp.region").autocast,
+  --- amp.autocast([dtype | {dtype, enabled, cache_enabled, backward, ops, recipe}][, fn, ...]): a scope that computes in
+  --- low precision ("f16" by default; "fp8" is an emulation).  With a function: its results; without: the guard of
+  --- local _ <close> = amp.autocast("f16")
+  autocast = core.autocast,
   --- amp.autocast_state() -> {enabled, dtype, cache_enabled}
   autocast_state = core.autocast_state,
   --- amp.cast_stats() -> counters of the casts that autocast made
   cast_stats = core.cast_stats,
+  DelayedScaling = fp8.DelayedScaling,
+  --- amp.default_recipe() -> the DelayedScaling that amp.autocast("fp8") uses where none is given
+  default_recipe = fp8.default_recipe,
   GradScaler = require("halfmoon.amp.grad_scaler").new,
   debug = require "halfmoon.amp.debug",
   histogram = report.histogram,
   report = report.report,
   trace = require("halfmoon.amp.trace").trace,
+  record_gradients = require("halfmoon.amp.recorder").record_gradients,
+  read_gradients = require("halfmoon.amp.gradient_trace").read,
+  simulate = require("halfmoon.amp.simulate").simulate,
+  layer_scale = require("halfmoon.amp.layer_scale").new,
+  layer_rules = require "halfmoon.amp.layer_rules",
 
   custom_fwd = custom.custom_fwd,
   custom_bwd = custom.custom_bwd,

@@ -248,4 +248,4 @@ function Report.__tostring(self)
   return table.concat(lines, "\n")
 end
 
-return {histogram = histogram, report = report}
+return {histogram = histogram, report = report, collect = collect, is_source = is_source}

@@ -65,8 +65,6 @@ end
 -- Views of a tensor exist without these; but each view's gradient is as wide as the tensor, zeros but for one part, and they
 -- are added up.  Cut by one node, the parts' gradients are joined once.
 
-local MOST = 250 -- parts of one cut: a node has at most 255 outputs
-
 local split -- (x, dim, size or nil): made at the first call, since autograd needs files that need this one
 
 --- The parts of x along a dim, as views: of a size (the last may be smaller), or its entries where none is given.
@@ -109,34 +107,11 @@ end
 ---@return Tensor ...
 function common.pieces(x, count, dim) return table.unpack(cut(x, dim, x:size(dim) // count)) end
 
---- The entries of x along a dim, which disappears, as views.  Many entries are cut in blocks first.
+--- The entries of x along a dim, which disappears, as views.
 ---@param x Tensor
 ---@param dim integer
 ---@return Tensor[]
-function common.steps(x, dim)
-  local total = x:size(dim)
-  if total <= MOST then return cut(x, dim) end
-  local list = {}
-  for _, block in ipairs(cut(x, dim, (total + MOST - 1) // MOST)) do
-    local steps = common.steps(block, dim)
-    table.move(steps, 1, #steps, #list + 1, list)
-  end
-  return list
-end
-
---- Tensors of one shape joined along a new dim: core.stack for lists of any length.
----@param list Tensor[]
----@param dim integer
----@return Tensor
-function common.stack(list, dim)
-  if #list <= MOST then return core.stack(list, dim) end
-  local size, blocks = (#list + MOST - 1) // MOST, {}
-  for first = 1, #list, size do
-    local block = table.move(list, first, math.min(first + size - 1, #list), 1, {})
-    blocks[#blocks + 1] = common.stack(block, dim)
-  end
-  return core.cat(blocks, dim)
-end
+function common.steps(x, dim) return cut(x, dim) end
 
 -- ====== Text ======
 

@@ -14,7 +14,8 @@ local nn = {
 }
 
 for _, file in ipairs {
-  "linear", "conv", "pooling", "norm", "activations", "recurrent", "transformer", "containers", "losses",
+  "linear", "conv", "pooling", "norm", "activations", "recurrent", "transformer", "containers", "losses", "observers",
+  "quantize",
 } do
   for name, value in pairs(require("halfmoon.nn." .. file)) do nn[name] = value end
 end

@@ -132,7 +132,7 @@ local function run_direction(self, x, tail, reverse, time, states)
     h, c = step(steps[t], F.linear(h, weight, bias), h, c)
     outputs[t] = h
   end
-  return common.stack(outputs, time), h, c
+  return core.stack(outputs, time), h, c
 end
 
 --- Shapes of the input and the states; returns x as a batch, states by layer and direction, whether a batch was made.

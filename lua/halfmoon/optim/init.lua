@@ -8,8 +8,10 @@
 -- A small update of a bfloat16 weight is lost in that rounding: train from float32 masters under amp.autocast, or, where
 -- there is no room for masters, say `kahan = true` (what rounding takes is kept, in the weight's dtype, and made up for)
 -- or `rounding = "stochastic"` (rounded up or down by chance, right on average; uses the device's random numbers, so
--- that hm.manual_seed gives the same run again).  Both act on the half-precision parameters of a group.  A step that an
--- asynchronous scaler skips takes its random numbers all the same: the host does not know of it.
+-- that hm.manual_seed gives the same run again).  Neither is better for every network: stochastic rounding adds noise in
+-- each step, and a run may do worse with it than with updates that are lost (examples/study_precision.lua compares).
+-- Both act on the half-precision parameters of a group.  A step that an asynchronous scaler skips takes its random
+-- numbers all the same: the host does not know of it.
 
 local optimizer = require "halfmoon.optim.optimizer"
 

@@ -212,17 +212,19 @@ function schedulers.ExponentialLR(optimizer, opts)
   return new("ExponentialLR", optimizer, function(base, t) return base * opts.gamma ^ t end)
 end
 
---- From base down to low along half a cosine; share 0 to 1.
+--- From base down to low along half a cosine, for a share from 0 to 1, and up again from 1 to 2.
 local function cosine(base, low, share) return low + (base - low) * (1 + math.cos(math.pi * share)) / 2 end
 
---- Half a cosine from the base rate down to eta_min over T_max steps; eta_min afterwards.
+--- Half a cosine from the base rate down to eta_min over T_max steps.  Steps past T_max go up again along the same
+--- cosine, as PyTorch's do.  SequentialLR with LambdaLR(optimizer, function() return low end) behind it stays down, at
+--- that share of the base rate.
 ---@param optimizer Optimizer
 ---@param opts {T_max: integer, eta_min: number?} eta_min 0
 ---@return Scheduler
 function schedulers.CosineAnnealingLR(optimizer, opts)
   opts = read("CosineAnnealingLR", opts, {T_max = {"integer", REQUIRED, at_least(1)}, eta_min = {"number", 0.0}})
   return new("CosineAnnealingLR", optimizer, function(base, t)
-    return cosine(base, opts.eta_min, math.min(t / opts.T_max, 1))
+    return cosine(base, opts.eta_min, t % (2 * opts.T_max) / opts.T_max)
   end)
 end
 

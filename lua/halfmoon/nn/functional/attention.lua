@@ -90,6 +90,7 @@ end
 --- softmax(q k^T * scale + mask) v by blocks, in memory linear in the lengths.  q is [..., H, T, D], k [..., G, S, D],
 --- v [..., G, S, E]; with enable_gqa G may divide H.  attn_mask broadcasts to [..., H, T, S]: bool (true: take part) or
 --- a float one, added.  is_causal: row t sees keys up to t.  Both may be given.  scale is 1 / sqrt(D) unless given.
+--- A float mask that wants a gradient takes memory for [..., H, T, S].
 ---@param q Tensor
 ---@param k Tensor
 ---@param v Tensor

@@ -9,7 +9,7 @@ require "halfmoon.tensor" -- the parts use methods that it gives to tensors
 ---@class halfmoon.functional
 local F = {}
 
-for _, part in ipairs {"linear", "window", "activation", "norm", "attention", "loss"} do
+for _, part in ipairs {"linear", "window", "activation", "norm", "attention", "loss", "quantize"} do
   for name, fn in pairs(require("halfmoon.nn.functional." .. part)) do F[name] = fn end
 end
 
