@@ -8,8 +8,8 @@
  * Walks may nest (a hook or a custom function may call backward): each keeps its scratch in hm_visit records, stacked on the nodes.
  * The walk has its own mode: autocast off, gradients on only under create_graph.
  *
- * One pair of nodes runs as one: the gradient of relu(max_pool2d(x)) goes through relu unchanged, and the pool's backward applies relu's as it
- * reads (see leaves_relu).
+ * One pair of nodes runs as one where the backend wants it: the gradient of relu(max_pool2d(x)) goes through relu unchanged, and the pool's
+ * backward applies relu's as it reads (see leaves_relu).
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -437,13 +437,14 @@ static bool is_asked_for(const walk *w, const hm_node *n) {
   return false;
 }
 
-/* True if v, of a relu, may leave its gradient to the max_pool2d below: nobody else sends a gradient there (what is still to run was recorded
- * before it), and nobody looks at the gradient in between. */
+/* True if v, of a relu, may leave its gradient to the max_pool2d below: the backend wants it, nobody else sends a gradient there (what is
+ * still to run was recorded before it), and nobody looks at the gradient in between. */
 static bool leaves_relu(const walk *w, const hm_visit *v) {
   const hm_node *n = v->node, *pool = n->op == HM_OP_RELU ? n->edge[0].node : NULL;
   if (!pool || pool->op != HM_OP_MAX_POOL2D || pool->hooks) return false;
   if (w->create_graph || hm__tapped || hm_mode_current()->anomaly || is_asked_for(w, pool)) return false;
   if (n->backward_f32 || pool->backward_f32) return false;
+  if (!hm_device_backend(hm_tensor_device(v->grad[0]))->fuses_relu_backward) return false;
   if (w->heap_n > 0 && w->heap[0]->node->seq > pool->seq) return false;
   const hm_visit *below = visit_of(w, pool);
   if (w->restricted && !below) return false;

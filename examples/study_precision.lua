@@ -2,7 +2,7 @@
 -- same weights with the same batches in float32, in bfloat16, in float16 with several loss-scale policies, and in
 -- float16 without what makes it work.
 --
---     build/halfmoon examples/study_precision.lua              -- both networks, five to ten minutes on two cores
+--     build/halfmoon examples/study_precision.lua              -- both networks, about four minutes on two cores
 --     build/halfmoon examples/study_precision.lua --policies all                -- twice as long
 --     build/halfmoon examples/study_precision.lua --models cnn --policies dynamic,auto --steps 600
 --     build/halfmoon examples/study_precision.lua --json study.json

@@ -388,12 +388,15 @@ typedef struct hm_piece {
 
 struct hm_program; /* kernels/expression.h */
 
-enum { HM_BACKEND_VERSION = 6 };
+enum { HM_BACKEND_VERSION = 7 };
 
 typedef struct hm_backend {
   uint32_t version; /* HM_BACKEND_VERSION of the header it was built with */
   uint32_t bytes;   /* sizeof(hm_backend) */
   const char *name; /* "cpu" or "cuda" */
+  /* Backward of relu(max_pool2d(x)) in one pass (max_pool2d_relu_backward): less traffic and one launch fewer, but relu's result lives until
+   * the pool's gradient is there, at what is often the peak of a step. */
+  bool fuses_relu_backward;
 
   int (*device_count)(void); /* 0: none; host->fail then knows why, if a setting cannot be obeyed */
   int (*device_info)(int device, hm_device_info *out);

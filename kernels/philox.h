@@ -16,7 +16,7 @@
 HM_FN void hm_philox_words(uint32_t words[4], uint64_t seed, uint64_t counter, uint32_t stream) {
   uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = stream, c3 = 0;
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__ /* the device pass of nvcc; the host compiler knows no such pragma */
 #pragma unroll
 #endif
   for (int round = 0; round < 10; round++) {

@@ -447,6 +447,7 @@ static void fill_backend(hm_backend *b) {
   b->version = HM_BACKEND_VERSION;
   b->bytes = sizeof *b;
   b->name = "cuda";
+  b->fuses_relu_backward = true; /* traffic is what a GPU waits for */
   b->device_count = device_count;
   b->device_info = device_info;
   b->mem_alloc = hm_cuda_mem_alloc;
