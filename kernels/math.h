@@ -167,7 +167,7 @@ HM_FN float hm_log1p_f32(float x) {
   const float y = hm__log_core_f32(u, lost / u, 0.0f);
   const float special = x == -1.0f ? -INFINITY : (x < -1.0f ? (float)NAN : x);
   const float z = hm_abs_f32(x) < 2.9802322e-8f ? x : y; /* 2^-25; keeps the sign of zero */
-  return x > -1.0f && x < INFINITY ? z : special;
+  return hm__pick_f32((x > -1.0f) & (x < INFINITY), z, special);
 }
 
 /* ====== tanh ====== */

@@ -312,11 +312,21 @@ static void round_piece(const hm_multi_call *call, const hm_multi_item *item, in
   for (int64_t k = 0; k < n; k++) p[k] = hm_round_by_chance(p[k], item->param_dtype, word[k]);
 }
 
-/* The states of a piece in `type`: where they lie, or converted in a tile.  Where an item lacks one that a loop goes
+/* How many states the loop of an op goes over. */
+static int loop_states(hm_multi_op op, void *const *has) {
+  switch (op) {
+  case HM_MULTI_SGD: return has[0] ? 1 : 0;
+  case HM_MULTI_ADAM: return has[2] ? 3 : 2;
+  case HM_MULTI_RMSPROP: return has[1] || has[2] ? 3 : 1;
+  default: return 1;
+  }
+}
+
+/* The states of a piece in `type`: where they lie, or converted in a tile.  Where an item lacks one that the loop goes
  * over, it gets zeros. */
-static void piece_states(const hm_multi_item *item, int type, int64_t i, int64_t n, double tile[3][PIECE],
-                         void **state) {
-  for (int s = 0; s < 3; s++) {
+static void piece_states(hm_multi_op op, const hm_multi_item *item, int type, int64_t i, int64_t n,
+                         double tile[3][PIECE], void **state) {
+  for (int s = loop_states(op, item->state) - 1; s >= 0; s--) {
     state[s] = tile[s];
     if (!item->state[s]) {
       memset(tile[s], 0, sizeof tile[s]);
@@ -332,13 +342,13 @@ static void update_piece(const hm_multi_call *call, const hm_multi_item *item, c
                          int64_t n) {
   double p_tile[PIECE], g_tile[PIECE], s_tile[3][PIECE];
   const int type = item->param_dtype == HM_F64 ? HM_F64 : HM_F32;
-  void *state[3];
+  void *state[3] = {NULL, NULL, NULL};
   char *param = hm_at_mut(item->param, i, item->param_dtype);
   const void *g = piece_grad(call, item, i, n, g_tile, type);
   const bool direct = item->param_dtype == type;
   void *p = direct ? (void *)param : p_tile;
   if (!direct) hm_tile_fill(p, type, param, item->param_dtype, n, 1);
-  piece_states(item, type, i, n, s_tile, state);
+  piece_states(call->op, item, type, i, n, s_tile, state);
   if (item->lost) add_lost(item, i, n, p);
   if (type == HM_F64) update_f64(call->op, r, item->state, p, g, state, n);
   else update_f32(call->op, r, item->state, p, g, state, n);

@@ -134,19 +134,44 @@ end
 
 -- ====== Printing as C ======
 
---- C text of a formula.  suffix: "f32", "f64" or "i64"; type: the C type computed in.
-function M.c(e, suffix, type)
+--- Does computing the expression call a function that is more than a few instructions?
+local function calls(e)
+  local found = false
+  M.walk(e, function(n) found = found or (n[1] == "call" and n[2] ~= "abs") end)
+  return found
+end
+
+--- Is a value the same for all elements?
+local function is_fixed(e, fixed)
+  for name in pairs(M.names(e)) do
+    if not fixed[name] then return false end
+  end
+  return true
+end
+
+--- C text of a formula.  Where an arm of a choice calls a function, both are computed and one is picked by a mask: from ?: a compiler makes
+--- a branch around the call, and then a loop does not vectorise.  A choice that is the same for all elements stays: it is made once.
+---@param e table
+---@param suffix string "f32", "f64" or "i64"
+---@param type string the C type computed in
+---@param fixed table<string, boolean>? names whose values are the same for all elements
+---@return string
+function M.c(e, suffix, type, fixed)
+  fixed = fixed or {}
+  local function c(part) return M.c(part, suffix, type, fixed) end
   local kind = e[1]
   if kind == "num" then return ("(%s)(%s)"):format(type, e[2]) end
   if kind == "id" then return e[2] == "INFINITY" and ("(%s)INFINITY"):format(type) or e[2] end
-  if kind == "neg" then return "(-" .. M.c(e[2], suffix, type) .. ")" end
-  if kind == "not" then return "(!" .. M.c(e[2], suffix, type) .. ")" end
-  if kind == "bin" then return ("(%s %s %s)"):format(M.c(e[3], suffix, type), e[2], M.c(e[4], suffix, type)) end
+  if kind == "neg" then return "(-" .. c(e[2]) .. ")" end
+  if kind == "not" then return "(!" .. c(e[2]) .. ")" end
+  if kind == "bin" then return ("(%s %s %s)"):format(c(e[3]), e[2], c(e[4])) end
   if kind == "if" then
-    return ("(%s ? %s : %s)"):format(M.c(e[2], suffix, type), M.c(e[3], suffix, type), M.c(e[4], suffix, type))
+    local masks = suffix ~= "i64" and (calls(e[3]) or calls(e[4])) and not is_fixed(e[2], fixed)
+    local form = masks and "hm__pick_" .. suffix .. "(%s, %s, %s)" or "(%s ? %s : %s)"
+    return form:format(c(e[2]), c(e[3]), c(e[4]))
   end
   local args = {}
-  for i, a in ipairs(e[3]) do args[i] = M.c(a, suffix, type) end
+  for i, a in ipairs(e[3]) do args[i] = c(a) end
   local name = e[2]:match("^hm_") and e[2] or ("hm_%s_%s"):format(e[2], suffix)
   return ("%s(%s)"):format(name, table.concat(args, ", "))
 end

@@ -24,7 +24,11 @@ function M.tree(op, suffix) return suffix == "i64" and op.fi or op.f end
 ---@param suffix string
 ---@param type string the C type
 ---@return string
-function M.value(op, suffix, type) return ("(%s)%s"):format(type, expr.c(M.tree(op, suffix), suffix, type)) end
+function M.value(op, suffix, type)
+  local fixed = {}
+  for _, a in ipairs(op.attrs) do fixed[a.name] = true end
+  return ("(%s)%s"):format(type, expr.c(M.tree(op, suffix), suffix, type, fixed))
+end
 
 --- Attribute number i (from 1) of a row as a C expression over `attr`, in the type computed in.
 ---@param a table the attribute
