@@ -5,12 +5,13 @@
  * Core calls the hook on the mutator thread, outside its locks.  Collecting is a bet: a full collection costs time in
  * proportion to the Lua heap, and gives back the memory of tensors that nothing refers to.  The rule:
  *   - at least MIN_GROWTH bytes and MIN_SHARE of the live bytes were missed since the last useful collection;
- *   - where a full collection costs less than DEAR, it is the best there is: nothing dead stays;
- *   - where it costs more, the collector is set to generational mode, in which a young collection takes microseconds
- *   whatever the heap holds, and finds what a training step drops.  What outlives two of them counts as old, so they
- *   keep a distance of SPACING allocations: a temporary of a forward pass lives through one at most.  A full
- *   collection follows if the young one gave back less than half of what was missed.  One more young collection runs
- *   when backward begins: what the forward pass alone used is dead by then;
+ *   - a young collection runs.  It takes microseconds whatever the heap holds, and finds what a training step drops;
+ *   the collector is set to generational mode for it;
+ *   - if that gave back less than half of what was missed, a full one follows: what outlives two young collections
+ *   counts as old;
+ *   - where a full one costs more than DEAR, it cannot follow often.  There young ones keep a distance of SPACING
+ *   allocations, so that a temporary of a forward pass lives through one at most;
+ *   - one more young collection runs when backward begins: what the forward pass alone used is dead by then;
  *   - all full collections together, the one about to run included at its usual price, stay under BUDGET of the time
  *   since the module was opened, plus CREDIT for the start;
  *   - out of memory: always.
@@ -26,7 +27,7 @@
 #define BUDGET 0.03
 #define CREDIT 0.25 /* seconds */
 #define DEAR 0.001  /* seconds */
-#define SPACING 8   /* tensor allocations */
+#define SPACING 4   /* tensor allocations */
 
 static struct {
   double opened;    /* clock when the module was opened */
@@ -70,12 +71,11 @@ static hm_memory_stats all_stats(void) {
 }
 
 /* Runs the collector (LUA_GCSTEP, LUA_GCGEN or LUA_GCCOLLECT), keeping the running coroutine and its modes.  Returns
- * the seconds it took. */
-static double collect(lua_State *L, int what) {
+ * the seconds it took; *answer: what lua_gc returned. */
+static double collect(lua_State *L, int what, int *answer) {
   hm_mode *mode = hm_mode_current();
   const double start = thread_clock();
-  if (what == LUA_GCGEN) lua_gc(L, LUA_GCGEN, 0, 0);
-  else lua_gc(L, what, 0);
+  *answer = what == LUA_GCGEN ? lua_gc(L, LUA_GCGEN, 0, 0) : lua_gc(L, what, 0);
   if (hb_now.L != L) { /* a finalizer ran another coroutine */
     hb_enter_other(L);
     hm_mode_switch(mode);
@@ -83,37 +83,41 @@ static double collect(lua_State *L, int what) {
   return thread_clock() - start;
 }
 
-static void collect_all(lua_State *L) {
-  const double cost = collect(L, LUA_GCCOLLECT);
+/* Notes what a full collection cost. */
+static void paid(double cost) {
   pressure.spent += cost;
   pressure.count++;
   pressure.full_cost = pressure.full_cost == 0 ? cost : 0.5 * (pressure.full_cost + cost);
+}
+
+static void collect_all(lua_State *L) {
+  int answer;
+  paid(collect(L, LUA_GCCOLLECT, &answer));
 }
 
 static bool fits_budget(double price) {
   return pressure.spent + price < CREDIT + BUDGET * (hb_clock() - pressure.opened);
 }
 
-/* A young collection, unless the last was just now.  Entering generational mode, at the first one, is a full collection
- * too.  True if it gave back half of what was missed. */
+/* A young collection, unless the last was too short a time ago.  True if it, or the full one that followed, gave back
+ * what was missed. */
 static bool collect_young(lua_State *L) {
   const hm_memory_stats before = all_stats();
-  if (before.allocs - pressure.young_at < SPACING) return false;
+  if (pressure.full_cost > DEAR && before.allocs - pressure.young_at < SPACING) return false;
   pressure.young_at = before.allocs;
-  const double entered = collect(L, LUA_GCGEN); /* nothing, where it is the mode */
-  if (entered > DEAR) pressure.spent += entered;
-  collect(L, LUA_GCSTEP);
+  int answer;
+  const double entered = collect(L, LUA_GCGEN, &answer);
+  if (answer == LUA_GCINC) paid(entered); /* the mode was another: entering this one is a full collection */
+  collect(L, LUA_GCSTEP, &answer);
   pressure.count++;
-  const bool useful = before.live - all_stats().live >= pressure.missed / 2;
-  if (!useful && fits_budget(pressure.full_cost)) {
-    collect_all(L);
-    return true;
-  }
-  return useful;
+  if (before.live - all_stats().live >= pressure.missed / 2) return true;
+  if (!fits_budget(pressure.full_cost)) return false;
+  collect_all(L);
+  return true;
 }
 
 void hb_pressure_backward(lua_State *L) {
-  if (pressure.busy || pressure.full_cost <= DEAR || !lua_gc(L, LUA_GCISRUNNING)) return;
+  if (pressure.busy || pressure.count == 0 || !lua_gc(L, LUA_GCISRUNNING)) return;
   pressure.busy = true;
   collect_young(L);
   pressure.busy = false;
@@ -132,8 +136,6 @@ static bool on_pressure(void *ud, size_t bytes, bool desperate) {
   if (desperate) {
     collect_all(L);
     collect_all(L); /* what finalizers let go */
-  } else if (pressure.full_cost <= DEAR && fits_budget(pressure.full_cost)) {
-    collect_all(L);
   } else {
     done = collect_young(L);
   }
