@@ -20,6 +20,7 @@
  * structs) uses libc directly: when that fails a block goes back to the system or stays unsplit, so there is no error
  * to test.
  */
+#include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -93,8 +94,10 @@ void *hm_realloc(void *p, size_t bytes) {
 }
 
 void hm_free(void *p) {
+  const int saved = errno;
   if (p) count_block(-1);
   free(p);
+  errno = saved;
 }
 
 /* ====== Size classes ====== */
@@ -466,6 +469,7 @@ int hm__device_alloc(int device, size_t bytes, void **out) {
 
 void hm__device_free(int device, void *data, size_t bytes) {
   if (!data) return;
+  const int saved = errno;
   pool *p = &pools[device];
   int cls = class_of(bytes);
   pthread_mutex_lock(&p->lock);
@@ -478,6 +482,7 @@ void hm__device_free(int device, void *data, size_t bytes) {
     if (b) large_put(p, b);
   }
   pthread_mutex_unlock(&p->lock);
+  errno = saved;
 }
 
 /* ====== Pinned host memory ====== */

@@ -9,7 +9,6 @@
 #include "file.h"
 #include "op.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <string.h>
 
@@ -29,9 +28,7 @@ int hm_bytes_read(const char *path, hm_tensor **out) {
   if (!rc) rc = hm__file_read(&f, hm_tensor_data(t), f.size, 0);
   hm__file_close(&f);
   if (rc) {
-    int saved = errno;
     hm_tensor_release(t);
-    errno = saved;
     return rc;
   }
   *out = t;
@@ -69,9 +66,7 @@ static int read_records(const hm_file *f, int64_t n, uint8_t *pixels, int64_t *l
       memcpy(pixels + (at + i) * HM_CIFAR_PIXELS, record + 1, HM_CIFAR_PIXELS);
     }
   }
-  int saved = errno;
   hm_free(chunk);
-  errno = saved;
   return rc;
 }
 
@@ -114,10 +109,8 @@ int hm_cifar_read(const char *const *paths, int n_paths, hm_tensor **images, hm_
   for (int i = 0; i < n_paths && !rc; i++) rc = read_file(paths[i], total, x, y, &at);
   if (!rc && at != total) rc = hm_fail(HM_ERR_FORMAT, "cifar10: %s: a file shrank while it was read", paths[0]);
   if (rc) {
-    int saved = errno;
     hm_tensor_release(x);
     hm_tensor_release(y);
-    errno = saved;
     return rc;
   }
   *images = x;

@@ -87,9 +87,7 @@ int hm__file_slurp(const hm_file *f, char **text) {
   if (!p) return HM_ERR_MEMORY;
   int rc = hm__file_read(f, p, f->size, 0);
   if (rc) {
-    int saved = errno;
     hm_free(p);
-    errno = saved;
     return rc;
   }
   p[f->size] = 0;
@@ -147,9 +145,7 @@ static int create_beside(hm_file *f, char **name) {
   }
   if (f->fd < 0) {
     int rc = hm__file_fail(f, "cannot create a file beside it");
-    int saved = errno;
     hm_free(text);
-    errno = saved;
     return rc;
   }
   if (exists) (void)!fchmod(f->fd, st.st_mode & 07777);
@@ -182,9 +178,7 @@ static int flush_folder(const hm_file *f) {
     close(fd);
     errno = saved;
   }
-  int saved = errno;
   hm_free(copy);
-  errno = saved;
   return rc;
 }
 

@@ -33,8 +33,8 @@ const char *hm_status_text(int code);
 
 /* ====== Memory (alloc.c) ====== */
 
-/* Host memory for the engine's own structures; all of core allocates through these three, so that a test can make the n-th
- * call fail.  hm_alloc returns NULL when memory is out and keeps a message; hm_calloc zeroes. */
+/* Host memory for the engine's own structures; all of core allocates through these, so that a test can make the n-th call
+ * fail.  hm_alloc returns NULL when memory is out and keeps a message; hm_calloc zeroes; hm_free leaves errno as it is. */
 void *hm_alloc(size_t bytes);
 void *hm_calloc(size_t bytes);
 void *hm_realloc(void *p, size_t bytes);
@@ -145,7 +145,7 @@ int hm_alias(hm_tensor *t, hm_tensor **out);
 /* A view on t's storage with given geometry (unchecked against aliasing, checked against bounds); no graph. New reference. */
 int hm_as_strided(hm_tensor *t, int ndim, const int64_t *shape, const int64_t *stride, int64_t offset, hm_tensor **out);
 hm_tensor *hm_tensor_retain(hm_tensor *t); /* returns t; NULL passes through */
-void hm_tensor_release(hm_tensor *t);      /* drops one reference; NULL is ignored */
+void hm_tensor_release(hm_tensor *t);      /* drops one reference; NULL is ignored; errno stays */
 
 /* ---- reading ---- */
 

@@ -16,7 +16,6 @@
 #include "file.h"
 #include "op.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
@@ -231,9 +230,7 @@ static int read_head(const hm_npy_source *s, hm_npy_head *h) {
   hm_npy_text t = {text, text + n, s->path};
   if (!rc) rc = parse_header(&t, h);
   if (!rc) rc = check_promise(h, left - n, s->path);
-  int saved = errno;
   hm_free(text);
-  errno = saved;
   return rc;
 }
 
@@ -325,9 +322,7 @@ int hm__npy_read(const hm_npy_source *s, hm_tensor **out) {
   if (!rc) rc = read_data(s, &h, t);
   if (!rc && turn) rc = from_fortran(&t);
   if (rc) {
-    int saved = errno;
     hm_tensor_release(t);
-    errno = saved;
     return rc;
   }
   *out = t;
@@ -415,9 +410,7 @@ int hm_npy_save(const char *path, hm_tensor *t) {
   void *owned;
   int rc = prepare(t, path, header, &job, &owned);
   if (!rc) rc = hm__file_replace("npy", path, write_npy, &job);
-  int saved = errno;
   hm_free(owned);
-  errno = saved;
   return rc;
 }
 
@@ -442,9 +435,7 @@ int hm_npz_open(const char *path, hm_npz **out) {
       rc = hm_fail(HM_ERR_FORMAT, "npz: %s: the entry \"%s\" is no array: a name with .npy was expected", path, name);
   }
   if (rc) {
-    int saved = errno;
     hm_npz_close(z);
-    errno = saved;
     return rc;
   }
   *out = z;
@@ -479,9 +470,7 @@ int hm_npz_read(const hm_npz *z, int index, hm_tensor **out) {
   const hm_npy_source source = {read_entry, stream, e->bytes, place};
   rc = hm__zip_end(stream, hm__npy_read(&source, &t));
   if (rc) {
-    int saved = errno;
     hm_tensor_release(t);
-    errno = saved;
     return rc;
   }
   *out = t;
@@ -501,9 +490,7 @@ static int write_entry(hm_zip_writer *w, const hm_named *e) {
     return hm_fail(HM_ERR_ARG, "npz: %s: the name \"%.64s...\" is too long", w->file->path, e->name);
   int rc = prepare(e->tensor, w->file->path, header, &job, &owned);
   if (!rc) rc = hm__zip_add(w, name, header, (size_t)job.header_bytes, job.data, job.bytes);
-  int saved = errno;
   hm_free(owned);
-  errno = saved;
   return rc;
 }
 
@@ -514,10 +501,8 @@ static int write_npz(hm_file *f, void *ud) {
   int rc = HM_OK;
   for (int i = 0; i < job->n && !rc; i++) rc = write_entry(&w, &job->list[i]);
   if (!rc) rc = hm__zip_finish(&w);
-  int saved = errno;
   for (int i = 0; i < w.n; i++) hm_free(w.entry[i].name);
   hm_free(w.entry);
-  errno = saved;
   return rc;
 }
 

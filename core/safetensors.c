@@ -503,9 +503,7 @@ static int write_tensor(hm_file *f, const hm_tensor *t) {
   void *owned;
   int rc = hm__file_rows(t, &data, &owned);
   if (!rc) rc = hm__file_write(f, data, (size_t)tensor_bytes(t));
-  int saved = errno;
   hm_free(owned);
-  errno = saved;
   return rc;
 }
 
@@ -530,9 +528,7 @@ int hm_safetensors_save(const char *path, const hm_named *entries, int n, const 
     hm_st_job job = {header, header_bytes, plan, n};
     rc = hm__file_replace("safetensors", path, write_all, &job);
   }
-  int saved = errno;
   hm_free(header);
   hm_free(plan);
-  errno = saved;
   return rc;
 }

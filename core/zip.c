@@ -73,9 +73,7 @@ static int find_end(const hm_zip *z, uint8_t end[HM_ZIP_END], int64_t *place) {
     memcpy(end, tail + at, HM_ZIP_END);
     *place = z->file.size - n + at;
   }
-  int saved = errno;
   hm_free(tail);
-  errno = saved;
   return rc;
 }
 
@@ -158,9 +156,7 @@ int hm__zip_open(hm_zip *z, const char *format, const char *path) {
   if (!directory) return HM_ERR_MEMORY;
   rc = hm__file_read(&z->file, directory, bytes, start);
   if (!rc) rc = parse_directory(z, directory, bytes, start, (int)count);
-  int saved = errno;
   hm_free(directory);
-  errno = saved;
   return rc;
 }
 

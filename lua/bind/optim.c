@@ -275,25 +275,21 @@ static int l_grad_norm(lua_State *L) {
   return 1;
 }
 
-/* core.grad_scale(params, coef) */
-static int l_grad_scale(lua_State *L) {
+/* fn(the gradients of the parameters in argument 1, the number in argument 2); who and what name them in errors. */
+static int change_grads(lua_State *L, int (*fn)(hm_tensor *const *, int, double), const char *who, const char *what) {
   hb_state *st = hb_enter(L);
   int n;
-  const double coef = hb_number(L, 2, "grad_scale", "the coefficient");
-  hm_tensor **params = hb_tensor_list(L, st, 1, "grad_scale", "the list of parameters", false, &n);
-  hb_check(L, st, hm_grad_scale(params, n, coef));
+  const double by = hb_number(L, 2, who, what);
+  hm_tensor **params = hb_tensor_list(L, st, 1, who, "the list of parameters", false, &n);
+  hb_check(L, st, fn(params, n, by));
   return 0;
 }
 
+/* core.grad_scale(params, coef) */
+static int l_grad_scale(lua_State *L) { return change_grads(L, hm_grad_scale, "grad_scale", "the coefficient"); }
+
 /* core.grad_clamp(params, limit) */
-static int l_grad_clamp(lua_State *L) {
-  hb_state *st = hb_enter(L);
-  int n;
-  const double limit = hb_number(L, 2, "grad_clamp", "the limit");
-  hm_tensor **params = hb_tensor_list(L, st, 1, "grad_clamp", "the list of parameters", false, &n);
-  hb_check(L, st, hm_grad_clamp(params, n, limit));
-  return 0;
-}
+static int l_grad_clamp(lua_State *L) { return change_grads(L, hm_grad_clamp, "grad_clamp", "the limit"); }
 
 /* core.grad_clip(params, max_norm) -> norm as a tensor on the gradients' device; nil: not to be had without a wait */
 static int l_grad_clip(lua_State *L) {
