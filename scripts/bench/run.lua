@@ -6,7 +6,8 @@
 --     build/halfmoon scripts/bench/run.lua --telemetry [--quick] [--workloads mlp,cnn] [--dtypes f32,bf16]
 --
 -- In each round the machine's limits, our run and the peer's runs take turns, a few steps each, so that a machine whose
--- clock moves or that others use slows them all alike.  Figures are medians over the rounds.  Warm-up is left out.
+-- clock moves or that others use slows them all alike.  Each turn begins with products that are not timed, so that the threads
+-- are where they belong.  Figures are medians over the rounds.  Warm-up is left out.
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
@@ -152,6 +153,7 @@ local function measure(name, dtype, bench)
   for _ = 1, bench.rounds do
     os.execute(PAUSE)
     seen[#seen + 1] = limits(bench.peak, bench.threads, 0.05)
+    workloads.settle()
     local ms
     ms, row.loss = run:steps(steps)
     row.ms[#row.ms + 1] = ms

@@ -167,6 +167,14 @@ function Run:step()
   return loss
 end
 
+--- Multiplies matrices for a tenth of a second.  After a pause the scheduler may have put both threads on one processor, where they
+--- stay for some tens of milliseconds: in a turn of a few short steps that would be all that is seen.
+function M.settle()
+  local x = hm.ones {512, 512}
+  local begin = now()
+  while now() - begin < 0.1 do x:matmul(x):release() end
+end
+
 --- Does `steps` steps -> milliseconds per step, loss of the last one
 function Run:steps(steps)
   local begin = now()
