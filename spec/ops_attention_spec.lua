@@ -5,6 +5,7 @@
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
+local fixed = require "spec.support.inputs"
 local numbers = require "spec.support.numbers"
 local gradients = require "spec.support.gradients"
 local expect = require "spec.support.expect"
@@ -17,21 +18,10 @@ local flat = numbers.flat
 
 -- ====== Inputs ======
 
-local function count(shape)
-  local n = 1
-  for _, s in ipairs(shape) do n = n * s end
-  return n
-end
+local count = fixed.count
 
 --- Numbers without a pattern, in (-1.5, 1.5).
-local function sample(shape, seed, dtype)
-  local list, s = {}, seed * 7919 + 13
-  for i = 1, count(shape) do
-    s = (s * 1103515245 + 12345) % 2147483648
-    list[i] = (s / 2147483648 - 0.5) * 3
-  end
-  return hm.tensor(list, {dtype = dtype or "f64"}):view(shape)
-end
+local function sample(shape, seed, dtype) return fixed.sample(shape, seed, dtype, -1.5, 1.5) end
 
 ---@class Sizes b, h, g, t, s, d, e as kernels/ops.def has them
 --- q, k, v and a gradient of the output.

@@ -5,6 +5,7 @@
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
+local fixed = require "spec.support.inputs"
 local numbers = require "spec.support.numbers"
 local gradients = require "spec.support.gradients"
 local devices = require "spec.support.devices"
@@ -17,11 +18,7 @@ local IDS = {"int64", "int32", "uint8"}
 
 -- ====== Plain tensors: {shape, flat values}, coordinates from 0 ======
 
-local function count(shape)
-  local n = 1
-  for _, s in ipairs(shape) do n = n * s end
-  return n
-end
+local count = fixed.count
 
 local function position(shape, at)
   local p = 0

@@ -5,6 +5,7 @@
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
+local fixed = require "spec.support.inputs"
 local numbers = require "spec.support.numbers"
 local gradients = require "spec.support.gradients"
 local expect = require "spec.support.expect"
@@ -21,14 +22,7 @@ local function count(shape, from, to)
 end
 
 --- Numbers without a pattern, about 0.7 with a spread of 2.
-local function sample(shape, seed, dtype)
-  local list, s = {}, seed * 7919 + 13
-  for i = 1, count(shape) do
-    s = (s * 1103515245 + 12345) % 2147483648
-    list[i] = (s / 2147483648 - 0.5) * 7 + 0.7
-  end
-  return hm.tensor(list, {dtype = dtype or "f64"}):view(shape)
-end
+local function sample(shape, seed, dtype) return fixed.sample(shape, seed, dtype, -2.8, 4.2) end
 
 --- The same values with the channels innermost in memory.
 local function inner(t)

@@ -8,6 +8,7 @@
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
 local devices = require "spec.support.devices"
+local fixed = require "spec.support.inputs"
 local numbers = require "spec.support.numbers"
 local gradients = require "spec.support.gradients"
 local expect = require "spec.support.expect"
@@ -21,15 +22,7 @@ local DTYPES = {"f64", "f32", "f16", "bf16"}
 -- ====== Inputs and calls ======
 
 --- Numbers without a pattern in [-2, 3).
-local function sample(shape, seed, dtype)
-  local n, list, s = 1, {}, seed * 7919 + 13
-  for _, size in ipairs(shape) do n = n * size end
-  for i = 1, n do
-    s = (s * 1103515245 + 12345) % 2147483648
-    list[i] = s / 2147483648 * 5 - 2
-  end
-  return hm.tensor(list, {dtype = dtype or "f64"}):view(shape)
-end
+local function sample(shape, seed, dtype) return fixed.sample(shape, seed, dtype, -2, 3) end
 
 -- How an image may lie in memory.
 local ORDERS = {

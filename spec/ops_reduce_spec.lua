@@ -6,6 +6,7 @@
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
+local fixed = require "spec.support.inputs"
 local numbers = require "spec.support.numbers"
 local gradients = require "spec.support.gradients"
 local expect = require "spec.support.expect"
@@ -17,20 +18,12 @@ local FLOATS = {"f64", "f32", "f16", "bf16"}
 
 -- ====== Inputs ======
 
-local function count(shape)
-  local n = 1
-  for _, s in ipairs(shape) do n = n * s end
-  return n
-end
+local count = fixed.count
 
 --- Numbers without a pattern, of both signs.
 local function list_of(n, seed, scale)
-  local list, s = {}, (seed or 1) * 7919 + 13
-  for i = 1, n do
-    s = (s * 1103515245 + 12345) % 2147483648
-    list[i] = (s / 2147483648 - 0.5) * (scale or 4) + 0.3
-  end
-  return list
+  local half = (scale or 4) / 2
+  return fixed.spread(n, seed or 1, 0.3 - half, 0.3 + half)
 end
 
 local function sample(shape, seed, dtype, scale)

@@ -38,5 +38,5 @@ if os.getenv("HALFMOON_LEDGER") then -- see scripts/audit
   require("spec.support.watch").start(require "halfmoon", require("spec.support.proofs").note)
 end
 require("halfmoon").set_default_device(own.device)
-if own.gc == "generational" then collectgarbage("generational") end
+require("spec.support.devices").collector = own.gc
 require "busted.runner" {standalone = false, output = "spec/support/output.lua"}

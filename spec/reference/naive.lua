@@ -12,11 +12,7 @@ function M.of(t)
   return flat
 end
 
-local function count(shape)
-  local n = 1
-  for _, s in ipairs(shape) do n = n * s end
-  return n
-end
+local count = require("spec.support.inputs").count
 
 --- New array of a shape, filled with v.
 function M.new(shape, v)

@@ -36,6 +36,11 @@ end
 --- hm.cpu or hm.cuda: memory_stats, reset_peak and trim of this run's device.
 M.memory = M.is_cpu and hm.cpu or hm.cuda
 
+--- The mode of Lua's collector that each file begins with, put here by run.lua.  The engine changes it where tensor memory runs short
+--- (lua/bind/pressure.c).
+---@type "incremental"|"generational"|nil
+M.collector = nil
+
 --- Ends the case that runs as skipped; busted's, put here by output.lua when a case begins.
 ---@type fun(reason: string)
 M.skip = nil

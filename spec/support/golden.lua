@@ -2,23 +2,17 @@
 
 local assert = require "luassert"
 local hm = require "halfmoon"
+local inputs = require "spec.support.inputs"
 local numbers = require "spec.support.numbers"
 
 local M = {}
 
---- A float64 tensor of sines: element i (from 1) is sin(i * 12.9898 + seed * 78.233).
+--- A tensor of sines (see inputs.lua), float64 unless a dtype is given.
 ---@param shape integer[]
 ---@param seed number
 ---@param dtype string?
 ---@return Tensor
-function M.filled(shape, seed, dtype)
-  local n = 1
-  for _, s in ipairs(shape) do n = n * s end
-  local list = {}
-  for i = 1, n do list[i] = math.sin(i * 12.9898 + seed * 78.233) end
-  if n == 0 then return hm.zeros(shape, {dtype = dtype or "f64"}) end
-  return hm.tensor(list, {dtype = dtype or "f64"}):view(shape)
-end
+function M.filled(shape, seed, dtype) return inputs.filled(shape, seed, {dtype = dtype or "f64"}) end
 
 --- Ids as int64.
 ---@param list table

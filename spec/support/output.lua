@@ -56,6 +56,7 @@ return function()
 
   function handler.fileStart(element)
     finish_file()
+    if devices.collector then collectgarbage(devices.collector) end
     file = {name = element.name:gsub("^%./", ""), passed = 0, failed = 0, skipped = 0, start = os.clock()}
     return nil, true
   end
