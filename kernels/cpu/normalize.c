@@ -281,13 +281,19 @@ static void run_span(const job *j, pass what, const void *x, const void *g, void
 /* The sum of SPAN columns of `type`; they become 0. */
 static double fold(void *columns_sum, int type) {
   double s = 0;
-  for (int i = 0; i < SPAN; i++) s += type == HM_F64 ? ((double *)columns_sum)[i] : (double)((float *)columns_sum)[i];
-  memset(columns_sum, 0, SPAN * sizeof(double));
+  if (type == HM_F64)
+    for (int i = 0; i < SPAN; i++) s += ((double *)columns_sum)[i];
+  else
+    for (int i = 0; i < SPAN; i++) s += (double)((float *)columns_sum)[i];
+  memset(columns_sum, 0, (size_t)(SPAN * hm_dtype_size(type)));
   return s;
 }
 
 static void spread_over(void *array, int type, double x) {
-  for (int i = 0; i < SPAN; i++) put(array, type, i, x);
+  if (type == HM_F64)
+    for (int i = 0; i < SPAN; i++) ((double *)array)[i] = x;
+  else
+    for (int i = 0; i < SPAN; i++) ((float *)array)[i] = (float)x;
 }
 
 /* Joins n numbers with a mean and a sum of squares about it to those of `before` numbers. */
@@ -317,11 +323,11 @@ static void plane(const job *j, pass what, int64_t image, int64_t channel) {
   double xs[TILE], gs[TILE], k[COEFFICIENTS][SPAN], sum[2][SPAN] = {{0}};
   columns c = {.sum = {sum[0], sum[1]}};
   for (int i = 0; i < COEFFICIENTS; i++) {
-    double value = 0;
-    if (what != MOMENTS)
-      hm_cpu_isa()->convert(&value, HM_F64, coefficient(j, i, p->batch ? 0 : image, channel), j->type, 1);
-    spread_over(k[i], j->type, value);
+    double value;
     c.k[i] = k[i];
+    if (what == MOMENTS) continue; /* plane_moments sets what it uses */
+    hm_cpu_isa()->convert(&value, HM_F64, coefficient(j, i, p->batch ? 0 : image, channel), j->type, 1);
+    spread_over(k[i], j->type, value);
   }
   const bool direct = j->out->dtype == j->type;
   double *stat = j->stat + image * 2 * p->c + channel, total[2] = {0, 0};
