@@ -130,7 +130,7 @@ test: ## install what is missing, build, run every check
 	@$(MAKE) $(jobs) base cuda-emu emu-spec emu-tsan $(BUILD)/io-shim.so
 	@$(MAKE) run-test
 run-test:
-	$(Q)SPEC='$(SPEC)' FILTER='$(FILTER)' BUILD='$(BUILD)' LUA='$(LUA)' CC='$(CC)' LIBS='$(LIBS)' JOBS='$(JOBS)' scripts/test
+	$(Q)SPEC='$(SPEC)' FILTER='$(FILTER)' BUILD='$(BUILD)' LUA='$(LUA)' CC='$(CC)' LIBS='$(LIBS)' KERNEL_FLAGS='$(KERNEL_FLAGS)' JOBS='$(JOBS)' scripts/test
 
 # Fails, or kills the program at, the n-th call on a folder's files; specs put it before the C library.
 $(BUILD)/io-shim.so: spec/support/io_shim.c
@@ -166,7 +166,7 @@ asan: ## the specs under the address and undefined-behaviour sanitizers
 audit: ## every op, module, optimizer and function: bound, documented, annotated, proved; and planted faults are seen
 	@scripts/bootstrap test
 	@$(MAKE) $(jobs) base
-	$(Q)BUILD='$(BUILD)' LUA='$(LUA)' CC='$(CC)' LIBS='$(LIBS)' scripts/audit
+	$(Q)BUILD='$(BUILD)' LUA='$(LUA)' CC='$(CC)' LIBS='$(LIBS)' KERNEL_FLAGS='$(KERNEL_FLAGS)' scripts/audit
 
 # GOMP_SPINCOUNT is set so that the program does not start itself once more, outside valgrind.
 valgrind: base ## two training steps in float32 and float16 under memcheck (needs valgrind)
