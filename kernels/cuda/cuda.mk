@@ -22,6 +22,8 @@ CUDA_O   := $(CUDA_CU:kernels/cuda/%.cu=$(CUDA_OUT)/%.o)
 CUDA_INCLUDES := -Xcompiler -iquote,kernels,-iquote,kernels/cuda,-iquote,$(GEN)
 # No contraction of a multiplication and an addition: elementwise results are the CPU's to the bit, the others the test double's.
 CUDA_FLAGS := -std=c++17 -O3 -g -fmad=false -Xcompiler -fPIC,-Wall,-Wextra,-fvisibility=hidden -Xptxas -warn-spills -diag-suppress 177
+# A third of the size, where this nvcc can.
+CUDA_PACK = $(if $(findstring compress-mode,$(shell $(NVCC) --help 2>/dev/null)),--compress-mode=size)
 CUDA_ARCHS := -gencode arch=compute_75,code=compute_75 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
 # What `cuda-all` adds: every other real architecture that this nvcc has.
 CUDA_MORE = $(foreach a,$(filter-out 80 90,$(patsubst sm_%,%,$(filter sm_75 sm_86 sm_87 sm_88 sm_89 sm_100 sm_103 sm_110 sm_120,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))),-gencode arch=compute_$(a),code=sm_$(a))
@@ -43,14 +45,14 @@ cuda-all: ## the CUDA plug-in with code for every GPU up to compute capability 1
 	@$(MAKE) cuda CUDA_ARCHS='$(CUDA_ARCHS) $(CUDA_MORE)'
 
 # Changes when flags do, so that objects follow.
-CUDA_NOW = $(NVCC) $(CUDA_FLAGS) $(CUDA_ARCHS)
+CUDA_NOW = $(NVCC) $(CUDA_FLAGS) $(CUDA_PACK) $(CUDA_ARCHS)
 $(CUDA_OUT)/flags: FORCE
 	@mkdir -p $(CUDA_OUT)
 	@echo '$(CUDA_NOW)' | cmp -s - $@ || echo '$(CUDA_NOW)' > $@
 
 $(CUDA_OUT)/%.o: kernels/cuda/%.cu $(CUDA_OUT)/flags | $(GEN)/stamp
 	$(call say,NVCC,$(@:$(BUILD)/%=%))
-	$(Q)$(NVCC) $(CUDA_FLAGS) $(CUDA_ARCHS) $(CUDA_INCLUDES) \
+	$(Q)$(NVCC) $(CUDA_FLAGS) $(CUDA_PACK) $(CUDA_ARCHS) $(CUDA_INCLUDES) \
 	  -DHM_CUDA_INCLUDE='"$(CUDA)/include"' -MMD -MP -c $< -o $@
 
 $(CUDA_PLUGIN): $(CUDA_O)
