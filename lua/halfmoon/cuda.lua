@@ -104,7 +104,7 @@ function Kernel:__tostring() return ("kernel %s on %s"):format(self.name, self.d
 
 --- hm.cuda.kernel(source, name [, {device = "cuda"}]) -> a kernel, compiled now.  Numbers are converted to the types
 --- that the source declares; tensors must have the dtype that their pointer names; what a pointer that is not const
---- points at counts as written.
+--- points at counts as written.  An int64 tensor is a `long long *`: NVRTC has no <stdint.h>, and so may not know int64_t.
 ---@param source string CUDA C++ with a function `__global__ void name(...)`
 ---@param name string
 ---@param opts {device: string?}?

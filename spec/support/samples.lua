@@ -24,11 +24,7 @@ M.DOMAIN = {
   unit = {0.02, 0.1, 0.21, 0.33, 0.4, 0.52, 0.6, 0.68, 0.77, 0.85, 0.93, 0.98, 0.5},
 }
 
-local function count(shape)
-  local n = 1
-  for _, s in ipairs(shape) do n = n * s end
-  return n
-end
+local count = require("spec.support.inputs").count
 M.count = count
 
 local function is_integer(dtype) return not dtype:find("float", 1, true) end
