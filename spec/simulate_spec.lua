@@ -4,6 +4,7 @@
 local hm = require "halfmoon"
 local devices = require "spec.support.devices"
 local expect = require "spec.support.expect"
+local traces = require "spec.reference.traces"
 
 local nn, optim, amp = hm.nn, hm.optim, hm.amp
 local raises = expect.raises
@@ -42,33 +43,12 @@ local function scales_after(letters, entry)
   return table.concat(scales, " ")
 end
 
-local LONG = "GGGGXGGGXXGGGGGGXGXG"
-local PLAIN = "64 64 128 128 64 64 64 128 64 32 32 32 64 64 64 128 64 64 32 32"
-local REFILL_AT_GROWTH = "64 64 128 128 128 128 128 256 256 128 128 128 256 256 256 512 512 512 256 256"
-local REFILL_WHEN_CLEAN = "64 64 128 128 128 128 128 256 256 128 128 128 256 256 256 512 512 512 512 512"
-local FALL = "XXXXXXXXXXG"
-
 describe("a replay gives the golden trace of", function()
-  for _, case in ipairs {
-    {"dynamic", {}, LONG, PLAIN},
-    {"apex", {min_scale = 1, max_scale = 128}, LONG, PLAIN},
-    {"keras", {}, LONG, PLAIN},
-    {"deepspeed", {}, LONG, PLAIN},
-    {"fairseq", {}, LONG, PLAIN},
-    {"megatron", {hysteresis = 2}, LONG, REFILL_AT_GROWTH},
-    {"deepspeed", {hysteresis = 2}, LONG, REFILL_AT_GROWTH},
-    {"apex_hysteresis", {hysteresis = 2}, LONG, REFILL_WHEN_CLEAN},
-    {"deepspeed", {hysteresis = 2, consecutive_hysteresis = true}, LONG, REFILL_WHEN_CLEAN},
-    {"metaseq", {}, LONG, "64 64 128 128 64 64 64 128 64 32 64 128 128 256 256 256 128 128 64 64"},
-    {"apex", {min_scale = 1}, FALL, "32 16 8 4 2 1 1 1 1 1 1"},
-    {"megatron", {hysteresis = 2}, FALL, "64 32 16 8 4 2 1 1 1 1 1"},
-    {"deepspeed", {}, "XXXXXXX", "32 16 8 4 2 1 stop"},
-    {"fairseq", {}, FALL, "32 16 8 4 2 1 0.5 0.25 0.125 0.0625 0.0625"},
-  } do
-    local name, more, letters, want = table.unpack(case)
+  for _, case in ipairs(traces) do
+    local id, name, more, letters, want = table.unpack(case)
     local entry = {name, init_scale = 64, growth_interval = 3}
     for key, value in pairs(more) do entry[key] = value end
-    it(("%s on %s"):format(name, want), function() assert.equal(want, scales_after(letters, entry)) end)
+    it(id, function() assert.equal(want, scales_after(letters, entry)) end)
   end
 
   it("logmax, from recorded sizes", function()

@@ -237,14 +237,15 @@ int hb_protected_inside(lua_State *L, lua_CFunction fn, void *argument);
 /* With a region's userdata at 1, a function at 2 and its arguments behind: runs it as the region's forward; its results are what it returns. */
 int hb_inside_region(lua_State *L, hb_state *st, hm_region *r);
 
-/* ====== pressure.c ====== */
-void hb_pressure_install(void);
 /* parts.c: calls the function that hears of walks, if there is one, with the root or roots at an index and the inputs (0: none); pushes its
  * result, or something that is no function. */
 void hb_walk_begin(lua_State *L, int root, int inputs);
 /* After the walk, whether it failed or not: calls the function at an index, if it is one.  Leaves the error of the walk as it is. */
 void hb_walk_end(lua_State *L, int end);
-/* Before a backward walk: frees the forward pass's temporaries, where collections are dear. */
+
+/* ====== pressure.c ====== */
+void hb_pressure_install(void);
+/* Before a backward walk: a young collection, for the forward pass's temporaries, once memory has run short before. */
 void hb_pressure_backward(lua_State *L);
 void hb_pressure_stats(int64_t *count, double *seconds);
 /* Monotonic seconds. */

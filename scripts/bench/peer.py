@@ -35,8 +35,6 @@ SETTLE = 0.1  # seconds; see settle in workloads.lua
 LOW = {"f32": None, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
-# ====== Files ======
-
 def settle():
     """Multiplies matrices for a tenth of a second, so that the threads are where they belong before the clock starts."""
     x = torch.ones(512, 512)
@@ -44,6 +42,8 @@ def settle():
     while time.perf_counter() - begin < SETTLE:
         x @ x
 
+
+# ====== Files ======
 
 def load_safetensors(path):
     """name -> tensor.  Only the dtypes that run.lua writes."""
