@@ -152,7 +152,8 @@ static bool runs_for_backward(void) {
 static int check_agreement(hm_opcall *c) {
   if (c->info->family != HM_FAMILY_MATMUL && c->info->family != HM_FAMILY_CONV) return HM_OK;
   for (int i = 0; i < c->info->n_in; i++) {
-    if (c->in[i].kind != HM_ARG_TENSOR || c->info->in[i].optional || c->in[i].t->dtype == c->dtype) continue;
+    const hm_in_info *in = &c->info->in[i];
+    if (c->in[i].kind != HM_ARG_TENSOR || in->optional || in->cls != 'L' || c->in[i].t->dtype == c->dtype) continue;
     if (runs_for_backward() && (c->dtype == HM_F32 || c->dtype == HM_F64)) {
       const int status = cast_operand(c, i, c->dtype, false);
       if (status) return status;

@@ -8,48 +8,13 @@
  * Walks may nest (a hook or a custom function may call backward): each keeps its scratch in hm_visit records, stacked on the nodes.
  * The walk has its own mode: autocast off, gradients on only under create_graph.
  *
- * One pair of nodes runs as one where the backend wants it: the gradient of relu(max_pool2d(x)) goes through relu unchanged, and the pool's
- * backward applies relu's as it reads (see leaves_relu).
+ * Some pairs of nodes run as one: see pairs.c.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "hook.h"
-#include "recompute.h"
-#include "tape.h"
-
-/* One node met by one walk. */
-struct hm_visit {
-  hm_node *node;         /* owned */
-  hm_visit *outer;       /* the visit of an enclosing walk, put back at the end */
-  hm_visit *next;        /* all visits of this walk */
-  const struct walk *by; /* the walk */
-  bool queued;
-  hm_tensor *relu;   /* owned; NULL, or a relu's result: its gradient is still to be applied to grad[0] (leaves_relu) */
-  hm_tensor *grad[]; /* node->n_out of them, owned */
-};
-
-enum { MAX_TEMP = 96 }; /* a backward function reads each operand a few times at most */
-
-typedef struct walk {
-  struct walk *outer;
-  bool retain, create_graph;
-  bool restricted; /* hm_autograd_grad: only visits made beforehand are run, leaves are not written */
-  hm_visit *visits;
-  hm_visit **heap;
-  int heap_n, heap_max;
-  hm_node *running;          /* whose backward function runs */
-  hm_node *walked;           /* the same, and on while its gradients are handed on */
-  hm_tensor *temp[MAX_TEMP]; /* aliases made for it */
-  int n_temp;
-  const hm_region *regions; /* what hm__region_filled said at the start */
-  /* restricted: what to catch */
-  hm_tensor *const *input;
-  hm_node **input_node;
-  int n_input;
-  hm_tensor **caught;
-} walk;
+#include "walk.h"
 
 static walk *current; /* mutator thread only */
 static uint64_t grad_clock;
@@ -62,10 +27,8 @@ const hm_node *hm__walked_node(void) { return current ? current->walked : NULL; 
 
 /* ====== Visits and the heap ====== */
 
-static hm_visit *visit_of(const walk *w, const hm_node *n) { return n->visit && n->visit->by == w ? n->visit : NULL; }
-
-static hm_visit *visit_make(walk *w, hm_node *n) {
-  hm_visit *v = visit_of(w, n);
+hm_visit *hm__visit_make(walk *w, hm_node *n) {
+  hm_visit *v = hm__visit_of(w, n);
   if (v) return v;
   v = hm_calloc(sizeof *v + sizeof(hm_tensor *) * n->n_out);
   if (!v) return NULL;
@@ -78,7 +41,7 @@ static hm_visit *visit_make(walk *w, hm_node *n) {
   return v;
 }
 
-static int heap_push(walk *w, hm_visit *v) {
+int hm__visit_queue(walk *w, hm_visit *v) {
   if (w->heap_n == w->heap_max) {
     const int max = w->heap_max ? 2 * w->heap_max : 64;
     hm_visit **heap = hm_realloc(w->heap, sizeof *heap * (size_t)max);
@@ -112,7 +75,7 @@ static hm_visit *heap_pop(walk *w) {
   return top;
 }
 
-static void release_temps(walk *w, int from) {
+void hm__release_temps(walk *w, int from) {
   while (w->n_temp > from) hm_tensor_release(w->temp[--w->n_temp]);
 }
 
@@ -126,7 +89,7 @@ static void release_grads(hm_visit *v) {
 }
 
 static void walk_end(walk *w) {
-  release_temps(w, 0);
+  hm__release_temps(w, 0);
   while (w->visits) {
     hm_visit *v = w->visits;
     w->visits = v->next;
@@ -142,8 +105,11 @@ static void walk_end(walk *w) {
 
 bool hm__wants(const hm_node *n, int in) {
   const hm_node *to = n->edge[in].node;
-  return to && (!current->restricted || visit_of(current, to));
+  if (in == 0 && current->apart == n) return false;
+  return to && (!current->restricted || hm__visit_of(current, to));
 }
+
+bool hm__recording(void) { return current->create_graph; }
 
 int hm__edge_dtype(const hm_node *n, int in) { return n->edge[in].dtype; }
 
@@ -274,7 +240,7 @@ static int custom_saved(hm_node *n, int i, hm_tensor **out) {
   if (current->create_graph && role != 0 && e->node) a = with_graph(a.t, e, &status);
   if (!status && a.t->requires_grad) *out = hm_tensor_retain(a.t);
   else if (!status) status = hm_alias(a.t, out);
-  release_temps(current, held);
+  hm__release_temps(current, held);
   return status;
 }
 
@@ -382,7 +348,7 @@ static int deliver(walk *w, const hm_node *n, const hm_edge *e, hm_tensor *g) {
     hm_tensor_release(g);
     return status;
   }
-  hm_visit *v = status ? NULL : visit_make(w, e->node);
+  hm_visit *v = status ? NULL : hm__visit_make(w, e->node);
   if (!v) {
     hm_tensor_release(g);
     return status ? status : HM_ERR_MEMORY;
@@ -390,7 +356,7 @@ static int deliver(walk *w, const hm_node *n, const hm_edge *e, hm_tensor *g) {
   const bool sums = v->grad[e->nr] != NULL;
   status = add_gradient(&v->grad[e->nr], g);
   if (!status && held && sums) status = hm__tap_gradient(e, v->grad[e->nr]);
-  return status || v->queued ? status : heap_push(w, v);
+  return status || v->queued ? status : hm__visit_queue(w, v);
 }
 
 /* ====== Running nodes ====== */
@@ -428,67 +394,20 @@ static int widen_gradients(hm_visit *v) {
   return HM_OK;
 }
 
-/* ====== relu after max_pool2d ====== */
-
 /* hm_autograd_grad was asked for what comes to this node. */
-static bool is_asked_for(const walk *w, const hm_node *n) {
+bool hm__is_asked_for(const walk *w, const hm_node *n) {
   for (int k = 0; k < w->n_input; k++)
     if (w->input_node[k] == n) return true;
   return false;
 }
 
-/* True if v, of a relu, may leave its gradient to the max_pool2d below: the backend wants it, nobody else sends a gradient there (what is
- * still to run was recorded before it), and nobody looks at the gradient in between. */
-static bool leaves_relu(const walk *w, const hm_visit *v) {
-  const hm_node *n = v->node, *pool = n->op == HM_OP_RELU ? n->edge[0].node : NULL;
-  if (!pool || pool->op != HM_OP_MAX_POOL2D || pool->hooks) return false;
-  if (w->create_graph || hm__tapped || hm_mode_current()->anomaly || is_asked_for(w, pool)) return false;
-  if (n->backward_f32 || pool->backward_f32) return false;
-  if (!hm_device_backend(hm_tensor_device(v->grad[0]))->fuses_relu_backward) return false;
-  if (w->heap_n > 0 && w->heap[0]->node->seq > pool->seq) return false;
-  const hm_visit *below = visit_of(w, pool);
-  if (w->restricted && !below) return false;
-  return v->grad[0]->dtype == n->edge[0].dtype && (!below || !below->queued);
-}
-
-/* Hands v's gradient to the max_pool2d below as it is, with relu's result. */
-static int leave_relu(walk *w, hm_visit *v) {
-  hm_node *n = v->node;
-  hm_visit *below = visit_make(w, n->edge[0].node);
-  if (!below) return HM_ERR_MEMORY;
-  int status = HM_OK;
-  w->walked = w->running = n;
-  const hm_arg out = hm__saved_out(n, 0, &status);
-  if (!status) below->relu = hm_tensor_retain(out.t);
-  w->walked = w->running = NULL;
-  release_temps(w, 0);
-  if (w->retain) hm__node_forget(n);
-  else hm__node_free_saved(n);
-  if (status) return status;
-  below->grad[0] = v->grad[0];
-  v->grad[0] = NULL;
-  return heap_push(w, below);
-}
-
-/* Backward of max_pool2d and of the relu after it. */
-static int backward_of_both(hm_visit *v, hm_tensor **grad_in) {
-  hm_node *n = v->node;
-  int status = HM_OK;
-  const hm_arg index = hm__saved_out(n, 1, &status);
-  if (status) return status;
-  hm_attr shape = {.n = 0};
-  hm__edge_shape(n, 0, &shape);
-  return hm_call_as(HM_OP_MAX_POOL2D_RELU_BACKWARD, (const hm_arg[]){hm_t(v->grad[0]), index, hm_t(v->relu)},
-                    (const hm_attr[]){shape, n->attr[0], n->attr[1], n->attr[2], n->attr[3], n->attr[4]},
-                    hm__edge_dtype(n, 0), &grad_in[0]);
-}
-
 /* ====== Running ops ====== */
 
-static int call_backward(hm_visit *v, hm_tensor **grad_in) {
+static int call_backward(walk *w, hm_visit *v, hm_tensor **grad_in) {
   hm_node *n = v->node;
   hm_tensor *const *grad = v->grad;
-  if (v->relu) return backward_of_both(v, grad_in);
+  int status;
+  if (hm__run_pair(w, v, grad_in, &status)) return status;
   if (n->op == HM_NODE_CUSTOM) {
     if (n->freed) return check_saved(n, &(hm_saved){0}, "operand", "");
     return n->custom->fn(n->custom->ud, n->n_out, grad, n->n_in, grad_in);
@@ -502,7 +421,6 @@ static int call_backward(hm_visit *v, hm_tensor **grad_in) {
 
 static int run_op(walk *w, hm_visit *v) {
   hm_node *n = v->node;
-  if (leaves_relu(w, v)) return leave_relu(w, v);
   hm_tensor *few[HM_MAX_IN] = {NULL}, **grad_in = few;
   if (n->n_in > HM_MAX_IN) {
     grad_in = hm_calloc(sizeof *grad_in * n->n_in);
@@ -514,9 +432,9 @@ static int run_op(walk *w, hm_visit *v) {
   int status = n->backward_f32 ? widen_gradients(v) : HM_OK;
   if (!status && anomaly) status = hm__anomaly_check(n, false, n->n_out, v->grad);
   w->running = n;
-  if (!status) status = call_backward(v, grad_in);
+  if (!status) status = call_backward(w, v, grad_in);
   w->running = NULL;
-  release_temps(w, 0);
+  hm__release_temps(w, 0);
   release_grads(v);
   if (!status && anomaly) status = hm__anomaly_check(n, true, n->n_in, grad_in);
   if (w->retain) hm__node_forget(n);
@@ -588,7 +506,7 @@ static int seed(walk *w, hm_tensor *root, hm_tensor *given) {
   if (status) return status;
   hm_node *n;
   status = hm__grad_target(root, &n);
-  if (status || (w->restricted && !visit_of(w, n))) { /* no input lies below this root */
+  if (status || (w->restricted && !hm__visit_of(w, n))) { /* no input lies below this root */
     hm_tensor_release(g);
     if (!status) hm__node_release(n);
     return status;
@@ -658,8 +576,8 @@ static int list_add(node_list *l, hm_node *n) {
 
 static bool leads_on(const walk *w, const hm_node *n) {
   for (int i = 0; i < n->n_in; i++)
-    if (n->edge[i].node && visit_of(w, n->edge[i].node)) return true;
-  return is_asked_for(w, n);
+    if (n->edge[i].node && hm__visit_of(w, n->edge[i].node)) return true;
+  return hm__is_asked_for(w, n);
 }
 
 /* Every node reachable from the roots, once. */
@@ -668,14 +586,14 @@ static int reachable(hm_tensor *const *roots, int n_roots, node_list *out) {
   int status = HM_OK;
   for (int i = 0; i < n_roots && !status; i++) {
     hm_node *n = roots[i]->node ? roots[i]->node : roots[i]->accumulator;
-    if (!n || visit_of(&seen, n)) continue;
-    status = visit_make(&seen, n) ? list_add(out, n) : HM_ERR_MEMORY;
+    if (!n || hm__visit_of(&seen, n)) continue;
+    status = hm__visit_make(&seen, n) ? list_add(out, n) : HM_ERR_MEMORY;
   }
   for (int next = 0; next < out->n && !status; next++) {
     hm_node *n = out->at[next];
     for (int i = 0; i < n->n_in && !status; i++) {
       hm_node *to = n->edge[i].node;
-      if (to && !visit_of(&seen, to)) status = visit_make(&seen, to) ? list_add(out, to) : HM_ERR_MEMORY;
+      if (to && !hm__visit_of(&seen, to)) status = hm__visit_make(&seen, to) ? list_add(out, to) : HM_ERR_MEMORY;
     }
   }
   walk_end(&seen);
@@ -693,7 +611,7 @@ static int mark_needed(walk *w, hm_tensor *const *roots, int n_roots) {
   int status = reachable(roots, n_roots, &all);
   if (!status && all.n > 0) qsort(all.at, (size_t)all.n, sizeof *all.at, by_seq);
   for (int i = 0; i < all.n && !status; i++)
-    if (leads_on(w, all.at[i]) && !visit_make(w, all.at[i])) status = HM_ERR_MEMORY;
+    if (leads_on(w, all.at[i]) && !hm__visit_make(w, all.at[i])) status = HM_ERR_MEMORY;
   hm_free(all.at);
   return status;
 }

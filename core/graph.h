@@ -58,6 +58,7 @@ enum { HM_NODE_ACCUMULATE = -1, HM_NODE_CUSTOM = -2 };
  *   grad     n_out gradients (NULL where none arrived), borrowed
  *   grad_in  n_in slots, NULL on entry; the function sets new references where hm__wants() says so */
 bool hm__wants(const hm_node *n, int in);
+bool hm__recording(void); /* the gradient itself is recorded (create_graph) */
 hm_arg hm__saved_in(hm_node *n, int in,
                     int *status); /* borrowed for the call; under create_graph it carries its graph */
 hm_arg hm__saved_out(hm_node *n, int out, int *status); /* likewise */

@@ -325,15 +325,58 @@ static int infer_linear_weight(hm_opcall *c) {
   bool fit = g->ndim == x->ndim && g->ndim >= 1;
   for (int d = 0; fit && d < g->ndim - 1; d++) fit = g->shape[d] == x->shape[d];
   if (!fit) return linear_mismatch(c, g->shape[0], 1, x->shape[0], 1);
-  c->spec[0].ndim = 2;
-  c->spec[0].shape[0] = g->shape[g->ndim - 1];
-  c->spec[0].shape[1] = x->shape[x->ndim - 1];
+  const int64_t shape[2] = {g->shape[g->ndim - 1], x->shape[x->ndim - 1]};
+  spec_shape(&c->spec[0], 2, shape);
+  if (c->op == HM_OP_LINEAR_BACKWARD_PARAMS) {
+    spec_shape(&c->spec[1], 1, shape);
+    c->spec[1].dtype = c->spec[0].dtype;
+  }
   const int status = hm__want_contiguous(c, 0);
   return status ? status : hm__want_contiguous(c, 1);
 }
 
+static bool is_linear_forward(int op) {
+  return op == HM_OP_LINEAR || op == HM_OP_LINEAR_RELU || op == HM_OP_LINEAR_GELU_TANH;
+}
+
+/* The third operand: a bias, or what the layer below kept of its activation. */
+static int check_linear_third(const hm_opcall *c) {
+  if (c->info->n_in < 3 || c->in[2].kind != HM_ARG_TENSOR) return HM_OK;
+  const hm_tensor *w = operand(c, 1), *third = operand(c, 2);
+  char text[160];
+  if (is_linear_forward(c->op)) {
+    if (same_shape(third, 1, &w->shape[0])) return HM_OK;
+    return hm_fail(HM_ERR_SHAPE, "%s: bias must be [%lld], got %s", NAME(c), (long long)w->shape[0],
+                   text_of(third, text));
+  }
+  if (same_shape(third, c->spec[0].ndim, c->spec[0].shape)) return HM_OK;
+  return hm_fail(HM_ERR_SHAPE, "%s: %s must have the shape of the result, got %s", NAME(c), c->info->in[2].name,
+                 text_of(third, text));
+}
+
+/* The second output of a forward op: what linear alone gives, or as many bytes as the backend wants. */
+static int infer_linear_second(hm_opcall *c) {
+  if (c->op == HM_OP_LINEAR_GELU_TANH) spec_shape(&c->spec[1], c->spec[0].ndim, c->spec[0].shape);
+  if (c->op != HM_OP_LINEAR_RELU) return HM_OK;
+  const hm_backend *b = hm_device_backend(c->device);
+  if (!b) return HM_ERR_DEVICE;
+  int64_t bytes = 0;
+  if (b->aux_bytes && c->grad) {
+    hm_kernel_call k = {.op = c->op, .compute = c->compute, .n_in = c->info->n_in, .n_out = 1};
+    for (int i = 0; i < k.n_in; i++) {
+      if (c->in[i].kind == HM_ARG_TENSOR) hm__view_of(c->in[i].t, &k.in[i]);
+      else k.in[i].flags = HM_VIEW_ABSENT;
+    }
+    hm__plain_view(NULL, c->spec[0].dtype, c->spec[0].ndim, c->spec[0].shape, &k.out[0]);
+    const int status = b->aux_bytes(&k, &bytes);
+    if (status) return status;
+  }
+  spec_shape(&c->spec[1], 1, &bytes);
+  return HM_OK;
+}
+
 int hm__infer_linear(hm_opcall *c) {
-  if (c->op == HM_OP_LINEAR_BACKWARD_WEIGHT) return infer_linear_weight(c);
+  if (c->op == HM_OP_LINEAR_BACKWARD_WEIGHT || c->op == HM_OP_LINEAR_BACKWARD_PARAMS) return infer_linear_weight(c);
   const hm_tensor *x = operand(c, 0), *w = operand(c, 1);
   char text[160];
   if (x->ndim < 1)
@@ -341,16 +384,14 @@ int hm__infer_linear(hm_opcall *c) {
                    text_of(x, text));
   int status = check_rank(c, 1, 2, "[out, in]");
   if (status) return status;
-  const int in = c->op == HM_OP_LINEAR ? 1 : 0; /* which dim of the weight meets x's last dim */
+  const int in = is_linear_forward(c->op) ? 1 : 0; /* which dim of the weight meets x's last dim */
   if (x->shape[x->ndim - 1] != w->shape[in])
     return linear_mismatch(c, x->shape[x->ndim - 1], x->ndim, w->shape[in], in + 1);
-  if (c->info->n_in > 2 && c->in[2].kind == HM_ARG_TENSOR && !same_shape(operand(c, 2), 1, &w->shape[0]))
-    return hm_fail(HM_ERR_SHAPE, "%s: bias must be [%lld], got %s", NAME(c), (long long)w->shape[0],
-                   text_of(operand(c, 2), text));
   spec_shape(&c->spec[0], x->ndim, x->shape);
   c->spec[0].shape[x->ndim - 1] = w->shape[1 - in];
+  status = check_linear_third(c);
   for (int i = 0; i < c->info->n_in && !status; i++) status = hm__want_contiguous(c, i);
-  return status;
+  return status ? status : infer_linear_second(c);
 }
 
 /* ====== Convolution ====== */

@@ -57,6 +57,11 @@ void hm__node_free_saved(hm_node *n) {
   }
 }
 
+void hm__node_free_results(hm_node *n) {
+  if (n->region && !n->again) forget(n, n->out, n->n_out);
+  free_saved(n->out, n->n_out);
+}
+
 static void free_node(hm_node *n) {
   hm__node_free_saved(n);
   for (int i = 0; i < n->n_in; i++) hm__node_release(n->edge[i].node);

@@ -21,6 +21,8 @@ typedef struct hm_visit hm_visit;
 hm_node *hm__node_retain(hm_node *n);
 /* Gives up what the node keeps for backward; a later backward through it is an error. */
 void hm__node_free_saved(hm_node *n);
+/* Gives up its saved results alone: what is left of its backward reads operands only. */
+void hm__node_free_results(hm_node *n);
 /* Lets go what a region computed again for the node. */
 void hm__node_forget(hm_node *n);
 /* Under detect_anomaly: fails if one of the gradients holds what is looked for.  made: n's backward made them, else they came in to n. */

@@ -20,15 +20,14 @@ local Net = nn.class("Net")
 function Net:init()
   self.conv1 = nn.Conv2d(1, 32, 3, {padding = 1})
   self.conv2 = nn.Conv2d(32, 64, 3, {padding = 1})
-  self.fc1 = nn.Linear(64 * 7 * 7, 128)
+  self.fc1 = nn.Linear(64 * 7 * 7, 128, {activation = "relu"})
   self.fc2 = nn.Linear(128, 10)
 end
 
 function Net:forward(x)
   x = self.conv1(x):max_pool2d(2):relu() -- relu after the pool: the same values from a quarter of the work
   x = self.conv2(x):max_pool2d(2):relu()
-  x = self.fc1(x:flatten(2)):relu()
-  return self.fc2(x)
+  return self.fc2(self.fc1(x:flatten(2)))
 end
 
 -- ====== One epoch of training ======

@@ -373,6 +373,9 @@ typedef struct hm_device_counters {
   int64_t cudnn_convolutions;  /* done by cuDNN */
   int64_t im2col_convolutions; /* done as products of columns */
   int64_t cudnn_refusals;      /* of which cuDNN was asked for these and refused */
+  /* linear with an activation, its gradients through one, and gradients of weight and bias together */
+  int64_t fused_linears;   /* done in one product */
+  int64_t stepped_linears; /* done as a product and another pass */
 } hm_device_counters;
 
 /* ---- optional: uploads that nobody waits for ---- */
@@ -388,7 +391,7 @@ typedef struct hm_piece {
 
 struct hm_program; /* kernels/expression.h */
 
-enum { HM_BACKEND_VERSION = 7 };
+enum { HM_BACKEND_VERSION = 8 };
 
 typedef struct hm_backend {
   uint32_t version; /* HM_BACKEND_VERSION of the header it was built with */
@@ -416,6 +419,8 @@ typedef struct hm_backend {
   bool (*supports)(const hm_kernel_call *call);
   /* (optional) Scratch memory that the call needs; pointers in `call` may still be NULL, all else is final. */
   int (*workspace_size)(const hm_kernel_call *call, size_t *bytes);
+  /* (optional) How many bytes linear_relu should keep for linear_backward_input_relu; 0: none.  out[0].data is NULL, all else of `call` is final. */
+  int (*aux_bytes)(const hm_kernel_call *call, int64_t *bytes);
   /* (optional) Which layout operand `arg` should have; sets key 0 for the plain one. */
   int (*packing)(const hm_kernel_call *call, int arg, hm_packing *out);
   /* (optional) Makes that layout of call->in[arg] in dst (packing().bytes long). */

@@ -138,6 +138,8 @@ local function called_by_gradients(rows)
   end
   for _, row in ipairs(rows) do
     for _, tree in pairs(row.grad) do walk(tree) end
+    for _, tree in pairs(row.again) do walk(tree) end
+    walk(row.joint)
   end
   return set
 end
@@ -412,9 +414,9 @@ local function sees(title, complaints, word)
   for _, text in ipairs(complaints) do found = found or text:find(word, 1, true) ~= nil end
   report("a fault is seen: " .. title, found and {} or {"no complaint about " .. word})
 end
-local planted = {name = "planted", lua = "both", family = "elementwise", grad = {}, inputs = {{cls = "T"}},
+local planted = {name = "planted", lua = "both", family = "elementwise", grad = {}, again = {}, inputs = {{cls = "T"}},
   outputs = {{cls = "T"}}, ints = "no"}
-local hidden = {name = "planted", lua = "no", family = "index", grad = {}, inputs = {{cls = "T"}},
+local hidden = {name = "planted", lua = "no", family = "index", grad = {}, again = {}, inputs = {{cls = "T"}},
   outputs = {{cls = "T"}}, ints = "no"}
 sees("a row without a function", bound({planted}, hm, core.Tensor), "hm.planted")
 sees("a row without an in-place form", bound({planted}, hm, core.Tensor), "planted_")

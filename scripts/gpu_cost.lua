@@ -5,17 +5,20 @@
 -- One step of a workload of scripts/bench/workloads.lua runs on the CUDA test double, after one that warms up.  Counted there: launches
 -- (of kernels and matrix products) and waits of the host for the device.  From the log of ops: bytes and FLOPs.
 --
--- Bytes        Each op reads every input once and writes every output once, at the sizes in which they lie in memory.  The passes over
---              all parameters are counted from their sizes, with P parameters: AdamW reads gradient, value and two moments and writes
---              value and moments, 28 P; the low copy of the weights that it writes for the next step, 2 P; the scaler's check reads the
---              gradients, 4 P.
+-- Bytes        Each op reads every input once and writes every output once, at the sizes in which they lie in memory; but
+--              linear_backward_input_relu reads relu's result only where linear_relu kept nothing smaller for it (aux is empty).
+--              A product with an activation or a bias gradient counts as one pass, also where the device makes two of it.  The
+--              passes over all parameters are counted from their sizes, with P parameters: AdamW reads gradient, value and two
+--              moments and writes value and moments, 28 P; the low copy of the weights that it writes for the next step, 2 P; the
+--              scaler's check reads the gradients, 4 P.
 -- Buffers      Convolutions without cuDNN go through a matrix of windows, which is written once and read once.
 -- Least        What must exist in memory: operands and results of matrix products, convolutions, pools and the loss, each read or
 --              written once by each of them, and the passes over the parameters (with a scaler, gradients must be known to be finite
 --              before the first parameter changes, so they are read twice).  All else costs no memory traffic in the least: elementwise
---              ops, casts and fills happen where their operand is made or their result is read (what a fused op reads for them, as
---              max_pool2d_relu_backward reads relu's result, is not in the least either), and a bias gradient is summed where the
---              weight gradient reads the same tensor.
+--              ops, casts and fills happen where their operand is made or their result is read, and a bias gradient is summed where
+--              the weight gradient reads the same tensor.  So what a fused op reads or writes for these alone is not in the least
+--              either: relu's result in max_pool2d_relu_backward and linear_backward_input_relu, what linear_relu (aux) and
+--              linear_gelu_tanh (pre) keep for their activation's backward, and the bias gradient of linear_backward_params.
 -- FLOPs        2 m n k of each matrix product; a convolution is the product of its windows with its weights.
 -- Time         Of each op the larger of bytes / 3.35 TB/s and FLOPs / rate, added up: the H100 SXM's published bandwidth and dense
 --              rates, 989 TFLOP/s in float16 and bfloat16, 67 in float32 (495 in TF32, which is off unless a script asks for it).
@@ -35,8 +38,9 @@ local RUNS = {"f32", "bf16", "f16", "async"}
 -- What need not be in memory for its own sake.
 local FREE_FAMILIES = {elementwise = true, copy = true, fill = true}
 local FREE_OPS = {linear_backward_bias = true, conv2d_backward_bias = true}
--- By op, the input that it reads for an elementwise op that was fused into it.
-local FREE_INPUTS = {max_pool2d_relu_backward = 3}
+-- By op, the inputs that it reads, and the outputs that it writes, only for what was fused into it.
+local FREE_INPUTS = {max_pool2d_relu_backward = {3}, linear_backward_input_relu = {3, 4}, linear_backward_input_gelu_tanh = {3}}
+local FREE_OUTPUTS = {linear_relu = {2}, linear_gelu_tanh = {2}, linear_backward_params = {2}}
 
 --- Every line says what it is.
 local function say(...) io.write("[model, not a measurement] ", string.format(...), "\n") end
@@ -60,25 +64,40 @@ end
 --- Elements of the matrix of windows: one line per output place, as long as one output's weights.
 local function windows(places, weight) return count(places) // places[2] * count(weight) // weight[1] end
 
+local function by_linear(x, w) return 2 * count(x) * w[1] end
+local function by_linear_input(g, w) return 2 * count(g) * w[2] end
+local function by_linear_weight(g, x) return 2 * count(g) * x[#x] end
+
 --- By op: FLOPs, and the elements of the matrix of windows (nil: none), from the shapes of inputs and outputs.
 local PRODUCTS = {
-  linear = function(x, w) return 2 * count(x) * w[1] end,
-  linear_backward_input = function(g, w) return 2 * count(g) * w[2] end,
-  linear_backward_weight = function(g, x) return 2 * count(g) * x[#x] end,
+  linear = by_linear, linear_relu = by_linear, linear_gelu_tanh = by_linear,
+  linear_backward_input = by_linear_input, linear_backward_input_relu = by_linear_input,
+  linear_backward_input_gelu_tanh = by_linear_input,
+  linear_backward_weight = by_linear_weight, linear_backward_params = by_linear_weight,
   conv2d = function(_, w, out) return 2 * count(out) * (count(w) // w[1]), windows(out, w) end,
   conv2d_backward_input = function(g, w) return 2 * count(g) * (count(w) // w[1]), windows(g, w) end,
   conv2d_backward_weight = function(g, _, out) return 2 * count(g) * (count(out) // out[1]), windows(g, out) end,
 }
 
+--- The bytes of those views whose positions are listed; 0 without a list.
+local function bytes_at(views, positions)
+  local n = 0
+  for _, i in ipairs(positions or {}) do n = n + bytes_of {views[i]} end
+  return n
+end
+
+--- Bytes of an input that the op was given and does not read.
+local function unread(record)
+  local is_kept = record.op == "linear_backward_input_relu" and bytes_of {record.inputs[4]} > 0
+  return is_kept and bytes_of {record.inputs[3]} or 0
+end
+
 --- One op of the log -> {op, bytes, least, buffers, flops, seconds, least_seconds}
 local function cost_of(record)
-  local moved = bytes_of(record.inputs) + bytes_of(record.outputs)
-  local least = moved
-  if FREE_FAMILIES[record.family] or FREE_OPS[record.op] then
-    least = 0
-  elseif FREE_INPUTS[record.op] then
-    least = moved - bytes_of {record.inputs[FREE_INPUTS[record.op]]}
-  end
+  local given = bytes_of(record.inputs) + bytes_of(record.outputs)
+  local moved = given - unread(record)
+  local least = given - bytes_at(record.inputs, FREE_INPUTS[record.op]) - bytes_at(record.outputs, FREE_OUTPUTS[record.op])
+  if FREE_FAMILIES[record.family] or FREE_OPS[record.op] then least = 0 end
   local flops, lines = 0, nil
   if PRODUCTS[record.op] then
     flops, lines = PRODUCTS[record.op](record.inputs[1].shape, record.inputs[2].shape, record.outputs[1].shape)
@@ -111,7 +130,8 @@ end
 
 -- ====== One step ======
 
---- Runs two steps of a workload on cuda and counts the second -> {launches, waits, by_cudnn, by_windows, costs, parameters}
+--- Runs two steps of a workload on cuda and counts the second -> {launches, waits, by_cudnn, by_windows, fused,
+--- stepped, costs, parameters}
 local function measure(name, run)
   local training = workloads.on_cuda(name, run, 1)
   training:step()
@@ -126,7 +146,8 @@ local function measure(name, run)
   for _, pass in ipairs(passes(parameters, run)) do costs[#costs + 1] = pass end
   return {
     launches = stats.launches, waits = stats.synchronisations, by_cudnn = stats.cudnn_convolutions,
-    by_windows = stats.im2col_convolutions, costs = costs, parameters = parameters,
+    by_windows = stats.im2col_convolutions, fused = stats.fused_linears, stepped = stats.stepped_linears, costs = costs,
+    parameters = parameters,
   }
 end
 
@@ -157,8 +178,9 @@ local TITLES = {f32 = "float32", bf16 = "bfloat16", f16 = "float16, scaler", asy
 local function report(name, run, step)
   local sum, ops = total(step.costs)
   say("%s, %s, batch %d, %d parameters", name, TITLES[run], workloads.batch, step.parameters)
-  say("  launches %d, waits of the host %d; convolutions: %d by cuDNN, %d through windows", step.launches, step.waits,
-    step.by_cudnn, step.by_windows)
+  say("  launches %d, waits of the host %d", step.launches, step.waits)
+  say("  convolutions: %d by cuDNN, %d through windows; linears with more than a product: %d in one pass, %d in two",
+    step.by_cudnn, step.by_windows, step.fused, step.stepped)
   say("  bytes %.2f MB, least %.2f MB: %.3f times the least; without cuDNN %.2f MB more for windows: %.3f times",
     sum.bytes / 1e6, sum.least / 1e6, sum.bytes / sum.least, sum.buffers / 1e6, (sum.bytes + sum.buffers) / sum.least)
   say("  products %.3f GFLOP", sum.flops / 1e9)

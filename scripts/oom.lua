@@ -79,6 +79,33 @@ function scenarios.step_f16()
   return run.step, function() healthy(run) end
 end
 
+-- Layers that run with their activations, and in pairs backward: plainly, in float16, computed again, and differentiated twice.
+function scenarios.layers()
+  local model = nn.Sequential(nn.Linear(4, 6, {activation = "relu"}), nn.Linear(6, 5, {activation = "gelu_tanh"}),
+    nn.Linear(5, 4, {activation = "relu"}), nn.Linear(4, 3))
+  local x = hm.ones {2, 4}
+  local function attempt()
+    model:zero_grad()
+    local sum = 0
+    local function backward(y)
+      sum = sum + y:float():sum():item()
+      y:float():sum():backward()
+    end
+    backward(model(x))
+    backward(amp.autocast("f16", model, x))
+    backward(hm.checkpoint(function(t) return model[4](model[3](t)) end, model[2](model[1](x))))
+    local g = autograd.grad(model(x):sum(), {model[1].weight}, {create_graph = true})[1]
+    backward(g * g)
+    for _, p in ipairs(model:parameters()) do sum = sum + p.grad:sum():item() end
+    return sum
+  end
+  local want = attempt()
+  return attempt, function()
+    local got = attempt()
+    assert(got == want, ("%s, not %s"):format(got, want))
+  end
+end
+
 function scenarios.sequences()
   local embed, rnn = nn.Embedding(5, 8), nn.LSTM(8, 8, {num_layers = 2, batch_first = true, bidirectional = true})
   local mix = nn.TransformerEncoderLayer(16, 2, {dim_feedforward = 8, dropout = 0.1, batch_first = true})

@@ -36,6 +36,9 @@ local SLACK = {
 -- A half type rounds once what was computed in float32.
 local HALF_BOUND = 0.6
 
+--- Is result n one that a backend keeps for itself alone?  Each has its own: as many bytes as it likes, in an order of its own.
+local function is_private(op, n) return op.name == "linear_relu" and op.outputs[n] and op.outputs[n].name == "aux" end
+
 -- ====== Inputs ======
 
 local DOMAIN = samples.DOMAIN
@@ -206,7 +209,9 @@ local function values_agree(op, recipes, attrs, what, floating)
   local exact
   if not (TO_THE_BIT[op.family] or op.ulp == 0) then exact = call(op, widened(recipes), "cpu", attrs) end
   assert(got.n == want.n, what)
-  for i = 1, want.n do compare(op, got[i], want[i], exact and exact[i], ("%s, result %d"):format(what, i)) end
+  for i = 1, want.n do
+    if not is_private(op, i) then compare(op, got[i], want[i], exact and exact[i], ("%s, result %d"):format(what, i)) end
+  end
   for k, input in ipairs(op.inputs) do
     if input.mutated and cpu_args[k] then check_same(op, args[k], cpu_args[k], what .. ": " .. input.name) end
   end
@@ -336,7 +341,7 @@ local function autocast_row(op, low)
     for n = 1, want.n do
       local what = ("sample %d, result %d"):format(i, n)
       assert(got[n].dtype == want[n].dtype, ("%s: dtype %s, on the CPU %s"):format(what, got[n].dtype, want[n].dtype))
-      check_products(got[n], want[n], want[n].dtype, what, 2)
+      if not is_private(op, n) then check_products(got[n], want[n], want[n].dtype, what, 2) end
     end
   end
 end

@@ -260,7 +260,7 @@ local function system()
     hm.cuda.reset_stats()
     local none = hm.cuda.stats()
     assert.same({launches = 0, synchronisations = 0, copies = 0, bytes = 0, cudnn_convolutions = 0, im2col_convolutions = 0,
-      cudnn_refusals = 0}, none)
+      cudnn_refusals = 0, fused_linears = 0, stepped_linears = 0}, none)
     local y = x + x
     assert.equal(1, hm.cuda.stats().launches)
     assert.equal(0, hm.cuda.stats().copies)

@@ -7,31 +7,16 @@
 
 local devices = require "spec.support.devices"
 local process = require "spec.support.process"
+local processes = require "spec.support.processes"
 
 local it = devices.cpu_cases("runs its cases in processes of their own", it)
-local CUDA = devices.here and os.getenv("HALFMOON_CUDA") or "emu"
+local cuda = processes.with {HALFMOON_CUDNN = ""}
+local contains = processes.contains
 local CASES = "spec/support/cudnn_cases.lua"
 local NONE = {cudnn = 0, im2col = 0, refused = 0}
 
-local function settings(extra)
-  local env = {HALFMOON_CUDA = CUDA, HALFMOON_THREADS = 1, HALFMOON_EMU_QUIET = 1, HALFMOON_CUDNN = ""}
-  for k, v in pairs(extra or {}) do env[k] = v end
-  return env
-end
-
---- Runs all cases; returns what they counted.
-local function run(extra)
-  local said = process.file(CASES, settings(extra))
-  return assert(load(said), said)()
-end
-
---- Runs a script on cuda; returns what it said and its status.
-local function script(source, extra, ...)
-  local head = 'local hm = require "halfmoon"\nlocal core = require "halfmoon.core"\n'
-  return process.script(head .. source, settings(extra), ...)
-end
-
-local function contains(said, part) assert(said:find(part, 1, true), ("%q is not in:\n%s"):format(part, said)) end
+local function run(extra) return cuda:run(CASES, extra) end
+local function script(...) return cuda:script(...) end
 
 -- How often a convolution was run by each case of a dtype: 5 times, and twice more under autocast.
 local function all_by(way, refused)
@@ -107,14 +92,8 @@ local function double_cases()
 end
 
 describe("convolution on cuda", function()
-  if not devices.here and not devices.has_double() then
-    it("needs the test double", function()
-      pending("there is no " .. devices.plugin .. ": `make cuda-emu` builds it")
-    end)
-    return
-  end
-
-  if CUDA == "emu" then double_cases() end
+  if not processes.can_run(it) then return end
+  if processes.is_double then double_cases() end
 
   it("is right without cudnn, and says so", function()
     local got = run({HALFMOON_CUDNN = "0"})
@@ -127,7 +106,7 @@ describe("convolution on cuda", function()
       local command = "unset HALFMOON_SPEC_REPORT; HALFMOON_CUDA=%s HALFMOON_THREADS=1 HALFMOON_CUDNN=%s "
         .. "%s spec/run.lua %s"
       local words = "--filter=conv spec/cuda_parity_spec.lua"
-      local said, status = process.shell(command:format(process.quote(CUDA), which, process.program, words))
+      local said, status = process.shell(command:format(process.quote(processes.cuda), which, process.program, words))
       assert(status == 0, said)
       assert(tonumber(said:match("(%d+) passed")) >= 20, said)
     end

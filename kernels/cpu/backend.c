@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "../linear_steps.h"
 #include "isa.h"
 
 enum {
@@ -26,6 +27,7 @@ enum {
 static struct {
   const hm_host *host;
   const hm_isa *isa;
+  hm_linear_kernels linear; /* of isa */
   hm_cpu_features features;
   bool open;
   int problem_code; /* HM_OK, or why the backend cannot be used */
@@ -210,6 +212,10 @@ static int synchronize(int device) {
 
 /* ====== Kernels ====== */
 
+static int products(const hm_kernel_call *call) {
+  return hm_linear_has_steps(call->op) ? hm_linear_steps(call, &cpu.linear) : hm_cpu_matmul(call);
+}
+
 static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
   *bytes = 0;
   switch (call->op) {
@@ -217,6 +223,11 @@ static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
   case HM_OP_LINEAR:
   case HM_OP_LINEAR_BACKWARD_INPUT:
   case HM_OP_LINEAR_BACKWARD_WEIGHT: return hm_cpu_matmul_workspace(call, bytes);
+  case HM_OP_LINEAR_RELU:
+  case HM_OP_LINEAR_GELU_TANH:
+  case HM_OP_LINEAR_BACKWARD_PARAMS:
+  case HM_OP_LINEAR_BACKWARD_INPUT_RELU:
+  case HM_OP_LINEAR_BACKWARD_INPUT_GELU_TANH: return hm_linear_steps_workspace(call, &cpu.linear, bytes);
   case HM_OP_CONV2D:
   case HM_OP_CONV2D_BACKWARD_INPUT:
   case HM_OP_CONV2D_BACKWARD_WEIGHT: return hm_cpu_conv_workspace(call, bytes);
@@ -265,6 +276,8 @@ static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
 }
 
 static void fill_backend(hm_backend *b, const hm_isa *isa) {
+  cpu.linear = (hm_linear_kernels){hm_cpu_matmul, isa->elementwise, isa->reduce, hm_cpu_matmul_workspace,
+                                   hm_cpu_reduce_workspace};
   *b = (hm_backend){
       .version = HM_BACKEND_VERSION,
       .bytes = sizeof *b,
@@ -283,7 +296,7 @@ static void fill_backend(hm_backend *b, const hm_isa *isa) {
                  [HM_FAMILY_FILL] = isa->fill,
                  [HM_FAMILY_RANDOM] = isa->random,
                  [HM_FAMILY_INDEX] = hm_cpu_index,
-                 [HM_FAMILY_MATMUL] = hm_cpu_matmul,
+                 [HM_FAMILY_MATMUL] = products,
                  [HM_FAMILY_CONV] = hm_cpu_conv,
                  [HM_FAMILY_POOL] = isa->pool,
                  [HM_FAMILY_NORM] = isa->norm,

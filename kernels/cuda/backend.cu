@@ -10,7 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "backend.h"
+#include "linear_steps.h"
+
+#include "blas.h"
 
 #ifdef HALFMOON_EMU
 #include <emu_stats.h>
@@ -362,6 +364,17 @@ static int packing(const hm_kernel_call *call, int arg, hm_packing *out) {
                                                                              : HM_OK;
 }
 
+static int products(const hm_kernel_call *call) {
+  return hm_linear_has_steps(call->op) ? hm_cuda_linear(call) : hm_cuda_matmul(call);
+}
+
+static int aux_bytes(const hm_kernel_call *call, int64_t *bytes) {
+  hm_cuda_device *d = hm_cuda_device_of(call->in[0].data, hm_cuda_op_name(call->op));
+  if (!d) return HM_ERR_DEVICE;
+  cuda.current = d;
+  return hm_cuda_linear_aux(call, bytes);
+}
+
 static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
   *bytes = 0;
   switch (call->op) {
@@ -369,6 +382,11 @@ static int workspace_size(const hm_kernel_call *call, size_t *bytes) {
   case HM_OP_LINEAR:
   case HM_OP_LINEAR_BACKWARD_INPUT:
   case HM_OP_LINEAR_BACKWARD_WEIGHT: return hm_cuda_matmul_workspace(call, bytes);
+  case HM_OP_LINEAR_RELU:
+  case HM_OP_LINEAR_GELU_TANH:
+  case HM_OP_LINEAR_BACKWARD_PARAMS:
+  case HM_OP_LINEAR_BACKWARD_INPUT_RELU:
+  case HM_OP_LINEAR_BACKWARD_INPUT_GELU_TANH: return hm_cuda_linear_workspace(call, bytes);
   case HM_OP_CONV2D:
   case HM_OP_CONV2D_BACKWARD_INPUT:
   case HM_OP_CONV2D_BACKWARD_WEIGHT: return hm_cuda_conv_workspace(call, bytes);
@@ -436,6 +454,7 @@ static void counters(hm_device_counters *out) {
   memset(out, 0, sizeof *out);
   hm_cuda_counters(out);
   hm_cuda_conv_counters(out);
+  hm_cuda_linear_counters(out);
 }
 
 /* ====== The table ====== */
@@ -462,7 +481,7 @@ static void fill_backend(hm_backend *b) {
   b->kernel[HM_FAMILY_FILL] = entry<hm_cuda_fill>;
   b->kernel[HM_FAMILY_RANDOM] = entry<hm_cuda_random>;
   b->kernel[HM_FAMILY_INDEX] = entry<hm_cuda_index>;
-  b->kernel[HM_FAMILY_MATMUL] = entry<hm_cuda_matmul>;
+  b->kernel[HM_FAMILY_MATMUL] = entry<products>;
   b->kernel[HM_FAMILY_CONV] = entry<hm_cuda_conv>;
   b->kernel[HM_FAMILY_POOL] = entry<hm_cuda_pool>;
   b->kernel[HM_FAMILY_NORM] = entry<hm_cuda_norm>;
@@ -470,6 +489,7 @@ static void fill_backend(hm_backend *b) {
   b->kernel[HM_FAMILY_ATTENTION] = entry<hm_cuda_attention>;
   b->multi_tensor = multi_tensor;
   b->workspace_size = workspace_size;
+  b->aux_bytes = aux_bytes;
   b->packing = packing;
   b->pack = pack;
   b->user_compile = hm_cuda_user_compile;

@@ -5,6 +5,8 @@
  *   backend.cu   opens devices, runs kernels on the compute stream, turns CUDA's errors into messages; the struct hm_backend
  *   memory.cu    device memory, copies between host and device, pinned memory and transfers out of it, counters
  *   blas.cu      family matmul, and hm_cuda_gemm for everybody
+ *   blas_lt.cu   products with an epilogue (blas.h)
+ *   linear.cu    linear with an activation, and its gradients (blas.h)
  *   conv.cu      family conv: by cuDNN, or as im2col and products
  *   cudnn.cu     convolutions by cuDNN, where it is found
  *   nvrtc.cu     kernels compiled at run time
@@ -111,17 +113,31 @@ typedef struct hm_cuda_matrix {
   int64_t batch;  /* distance of batches in elements; 0 repeats */
 } hm_cuda_matrix;
 
+/* What becomes of a product on its way out, in one pass (blas_lt.cu). */
+typedef enum hm_cuda_epilogue {
+  HM_CUDA_PLAIN,
+  HM_CUDA_BIAS,      /* + bias */
+  HM_CUDA_RELU,      /* + bias, then relu; aux, if given, gets what RELU_GRAD reads */
+  HM_CUDA_GELU,      /* + bias, kept in aux, then gelu by tanh */
+  HM_CUDA_RELU_GRAD, /* through relu, by aux */
+  HM_CUDA_GELU_GRAD, /* through gelu, by aux */
+  HM_CUDA_BIAS_GRAD  /* as it is; bias [m] gets the sums of x over k */
+} hm_cuda_epilogue;
+
 typedef struct hm_cuda_product {
   const char *name;
   int64_t m, n, k, batches;
   hm_cuda_matrix x, y, out; /* m*k, k*n, m*n */
-  const void *bias;         /* [n] in out's dtype, or NULL */
+  void *bias;               /* [n] in out's dtype, or NULL; written by BIAS_GRAD alone */
   bool accumulate;          /* add to what out holds; without bias */
+  hm_cuda_epilogue epilogue;
+  void *aux; /* relu: a bit for each element, in an order of the library's own; gelu: [m, n] in out's dtype; or NULL */
+  int64_t aux_ld; /* from one of its lines to the next, in bits or elements */
 } hm_cuda_product;
 
 /* Can cuBLAS take these dtypes as they are?  x and y alike, out alike or float32. */
 bool hm_cuda_gemm_takes(int x, int y, int out);
-/* Runs a product with m, n, k and batches above 0.  `bias` needs batches == 1. */
+/* Runs a product with m, n, k and batches above 0; with `bias`, which needs batches == 1, it is added.  Does not look at epilogue and aux. */
 int hm_cuda_gemm(const hm_cuda_product *p);
 /* Does HALFMOON_TF32=1 let float32 products round their operands? */
 bool hm_cuda_tf32(void);

@@ -3,21 +3,15 @@
  *
  * cuBLAS counts columns first; a row-major product out = x * y is the column-major out' = y' * x', so x and y change places and nothing is moved.
  * Half operands are multiplied as they are and summed in float32; float32 stays float32 unless HALFMOON_TF32=1 lets the tensor cores round its
- * operands.  A bias goes into the product's epilogue (cublasLt); where that offers nothing, it is laid out first and the product added to it, which
- * rounds as often: once.  Operands of mixed dtypes and results that cuBLAS has no product for go through float32 copies in the workspace.
- *
- * cublasLt's other epilogues are not used.  Its ReLU is max(x, 0), for which no manual promises that NaN stays NaN, and an overflow that is swallowed
- * is a wrong step.  Its GELU is the tanh form alone, by a device function without a stated error: elementwise ops agree to the bit on all devices,
- * and a fused one could not.  Their gradients (DRELU, DGELU) read what those epilogues save.  A bias gradient (BGRADA, BGRADB) would come with the
- * weight gradient as one op of two results, each of its own dtype and each wanted or not; the op table has them as two rows.
+ * operands.  A bias goes into the product's epilogue (blas_lt.cu); where that offers nothing, it is laid out first and the product added to it,
+ * which rounds as often: once.  Operands of mixed dtypes and results that cuBLAS has no product for go through float32 copies in the workspace.
  *
  * Both handles of a device work on its compute stream with one workspace, so the order of sums, and with it the bits, is the same in every run.
- * Descriptors and chosen algorithms of cublasLt are kept, by shape.
  */
 #include <limits.h>
 #include <stdlib.h>
 
-#include "backend.h"
+#include "blas.h"
 
 static bool use_tf32;
 
@@ -40,7 +34,7 @@ int hm_cuda_blas_open(hm_cuda_device *d) {
 
 /* ====== One product ====== */
 
-static cudaDataType type_of(int dtype) {
+cudaDataType hm_cuda_blas_type(int dtype) {
   switch (dtype) {
   case HM_F16: return CUDA_R_16F;
   case HM_BF16: return CUDA_R_16BF;
@@ -49,7 +43,7 @@ static cudaDataType type_of(int dtype) {
   }
 }
 
-static cublasComputeType_t compute_of(int dtype) {
+cublasComputeType_t hm_cuda_blas_compute(int dtype) {
   if (dtype == HM_F64) return CUBLAS_COMPUTE_64F;
   return dtype == HM_F32 && use_tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
 }
@@ -74,13 +68,7 @@ static bool find_lines(const hm_cuda_matrix *a, int64_t rows, int64_t cols, cubl
   return false;
 }
 
-/* A product in cuBLAS's terms. */
-typedef struct lines {
-  cublasOperation_t x_op, y_op, out_op;
-  int64_t x_ld, y_ld, out_ld;
-} lines;
-
-static int read_lines(const hm_cuda_product *p, lines *l) {
+int hm_cuda_read_lines(const hm_cuda_product *p, hm_cuda_lines *l) {
   if (!find_lines(&p->x, p->m, p->k, &l->x_op, &l->x_ld) || !find_lines(&p->y, p->k, p->n, &l->y_op, &l->y_ld) ||
       !find_lines(&p->out, p->m, p->n, &l->out_op, &l->out_ld) || l->out_op != CUBLAS_OP_N)
     return hm_cuda_fail(HM_ERR_INTERNAL, "%s: strides that suit no product", p->name);
@@ -106,11 +94,11 @@ static factor make_factor(int dtype, int value) {
   return x;
 }
 
-static int plain_gemm(const hm_cuda_product *p, const lines *l, bool add) {
+static int plain_gemm(const hm_cuda_product *p, const hm_cuda_lines *l, bool add) {
   const cublasHandle_t blas = hm_cuda_current()->blas;
   const factor one = make_factor(p->x.dtype, 1), beta = make_factor(p->x.dtype, add ? 1 : 0);
-  const cudaDataType in = type_of(p->x.dtype), out = type_of(p->out.dtype);
-  const cublasComputeType_t compute = compute_of(p->x.dtype);
+  const cudaDataType in = hm_cuda_blas_type(p->x.dtype), out = hm_cuda_blas_type(p->out.dtype);
+  const cublasComputeType_t compute = hm_cuda_blas_compute(p->x.dtype);
   const int m = (int)p->m, n = (int)p->n, k = (int)p->k;
   cublasStatus_t s;
   hm_cuda_count_launch();
@@ -124,127 +112,7 @@ static int plain_gemm(const hm_cuda_product *p, const lines *l, bool add) {
   return hm_cuda_blas_status(s, p->name);
 }
 
-/* ====== A product with a bias in its epilogue ====== */
-
-/* What an algorithm was chosen for. */
-typedef struct lt_key {
-  int64_t m, n, k, x_ld, y_ld, out_ld;
-  int32_t device, x_op, y_op, in, out, align; /* align: bytes that all addresses are multiples of */
-} lt_key;
-
-typedef struct lt_entry {
-  lt_key key;
-  bool made, usable;
-  cublasLtMatmulDesc_t desc;
-  cublasLtMatrixLayout_t y, x, out;
-  cublasLtMatmulAlgo_t algo;
-} lt_entry;
-
-enum { LT_ENTRIES = 128 };
-static lt_entry lt_cache[LT_ENTRIES];
-
-static uint64_t hash_key(const lt_key *key) {
-  uint64_t h = UINT64_C(0xcbf29ce484222325);
-  const unsigned char *bytes = (const unsigned char *)key;
-  for (size_t i = 0; i < sizeof *key; i++) h = (h ^ bytes[i]) * UINT64_C(0x100000001b3);
-  return h ^ h >> 32;
-}
-
-static void forget(lt_entry *e) {
-  if (e->desc) (void)cublasLtMatmulDescDestroy(e->desc);
-  if (e->y) (void)cublasLtMatrixLayoutDestroy(e->y);
-  if (e->x) (void)cublasLtMatrixLayoutDestroy(e->x);
-  if (e->out) (void)cublasLtMatrixLayoutDestroy(e->out);
-  memset(e, 0, sizeof *e);
-}
-
-/* The largest power of two, up to 256, that divides all addresses. */
-static int32_t alignment(const hm_cuda_product *p) {
-  const uintptr_t all = (uintptr_t)p->x.data | (uintptr_t)p->y.data | (uintptr_t)p->out.data | (uintptr_t)p->bias | 256;
-  return (int32_t)(all & (~all + 1));
-}
-
-/* A matrix as column-major cuBLAS sees it: `lines` of `length` elements. */
-static cublasStatus_t make_layout(cublasLtMatrixLayout_t *out, int32_t type, cublasOperation_t op, int64_t rows,
-                                  int64_t cols, int64_t ld) {
-  const bool plain = op == CUBLAS_OP_N;
-  return cublasLtMatrixLayoutCreate(out, (cudaDataType)type, (uint64_t)(plain ? cols : rows),
-                                    (uint64_t)(plain ? rows : cols), ld);
-}
-
-static cublasStatus_t set_desc(lt_entry *e, cublasLtMatmulDescAttributes_t which, const void *value, size_t bytes) {
-  return cublasLtMatmulDescSetAttribute(e->desc, which, value, bytes);
-}
-
-static cublasStatus_t describe(const lt_key *key, int dtype, lt_entry *e) {
-  const int32_t y_op = key->y_op, x_op = key->x_op;
-  const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
-  const int32_t bias_type = key->out;
-  cublasStatus_t s = cublasLtMatmulDescCreate(&e->desc, compute_of(dtype), CUDA_R_32F);
-  if (!s) s = set_desc(e, CUBLASLT_MATMUL_DESC_TRANSA, &y_op, sizeof y_op);
-  if (!s) s = set_desc(e, CUBLASLT_MATMUL_DESC_TRANSB, &x_op, sizeof x_op);
-  if (!s) s = set_desc(e, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
-  if (!s) s = set_desc(e, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof bias_type);
-  if (!s) s = make_layout(&e->y, key->in, (cublasOperation_t)y_op, key->k, key->n, key->y_ld);
-  if (!s) s = make_layout(&e->x, key->in, (cublasOperation_t)x_op, key->m, key->k, key->x_ld);
-  if (!s) s = make_layout(&e->out, key->out, CUBLAS_OP_N, key->m, key->n, key->out_ld);
-  return s;
-}
-
-/* Asks for the best algorithm; none is no error. */
-static cublasStatus_t choose(cublasLtHandle_t lt, const lt_key *key, lt_entry *e) {
-  static const cublasLtMatmulPreferenceAttributes_t sides[] = {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-                                                               CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                                                               CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-                                                               CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-  const size_t room = HM_CUDA_BLAS_WORKSPACE;
-  const uint32_t exact_sums = 3; /* split products are added in place or in the computing type, never in the output's */
-  const uint32_t align = (uint32_t)key->align;
-  cublasLtMatmulPreference_t wish = NULL;
-  cublasStatus_t s = cublasLtMatmulPreferenceCreate(&wish);
-  if (!s) s = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room);
-  if (!s)
-    s = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &exact_sums,
-                                             sizeof exact_sums);
-  for (int i = 0; i < 4 && !s; i++) s = cublasLtMatmulPreferenceSetAttribute(wish, sides[i], &align, sizeof align);
-  cublasLtMatmulHeuristicResult_t found;
-  int n = 0;
-  if (!s) {
-    const cublasStatus_t asked =
-        cublasLtMatmulAlgoGetHeuristic(lt, e->desc, e->y, e->x, e->out, e->out, wish, 1, &found, &n);
-    e->usable = asked == CUBLAS_STATUS_SUCCESS && n > 0 && found.state == CUBLAS_STATUS_SUCCESS;
-    if (e->usable) e->algo = found.algo;
-  }
-  if (wish) (void)cublasLtMatmulPreferenceDestroy(wish);
-  return s;
-}
-
-/* The entry for a product; made when it is new. */
-static int find_entry(const hm_cuda_product *p, const lines *l, lt_entry **out) {
-  hm_cuda_device *d = hm_cuda_current();
-  lt_key key;
-  memset(&key, 0, sizeof key);
-  key.m = p->m, key.n = p->n, key.k = p->k;
-  key.x_ld = l->x_ld, key.y_ld = l->y_ld, key.out_ld = l->out_ld;
-  key.device = d->index, key.x_op = l->x_op, key.y_op = l->y_op;
-  key.in = type_of(p->x.dtype), key.out = type_of(p->out.dtype);
-  key.align = alignment(p);
-  lt_entry *e = &lt_cache[hash_key(&key) % LT_ENTRIES];
-  *out = e;
-  if (e->made && !memcmp(&e->key, &key, sizeof key)) return HM_OK;
-  forget(e);
-  cublasStatus_t s = describe(&key, p->x.dtype, e);
-  if (!s) /* a proposal may want to see that there is one */
-    s = set_desc(e, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
-  if (!s) s = choose(d->blas_lt, &key, e);
-  if (s) {
-    forget(e);
-    return hm_cuda_blas_status(s, p->name);
-  }
-  e->key = key;
-  e->made = true;
-  return HM_OK;
-}
+/* ====== A product with a bias ====== */
 
 /* The bias in each line of out. */
 static int lay_bias(const hm_cuda_product *p) {
@@ -256,29 +124,19 @@ static int lay_bias(const hm_cuda_product *p) {
   return hm_cuda_copy_view(&bias, &out);
 }
 
-static int bias_gemm(const hm_cuda_product *p, const lines *l) {
-  lt_entry *e = NULL;
-  if (p->x.dtype != HM_F64) {
-    const int status = find_entry(p, l, &e);
-    if (status) return status;
-  }
-  if (!e || !e->usable) {
-    const int status = lay_bias(p);
-    return status ? status : plain_gemm(p, l, true);
-  }
-  hm_cuda_device *d = hm_cuda_current();
-  const factor one = make_factor(HM_F32, 1), zero = make_factor(HM_F32, 0);
-  cublasStatus_t s = set_desc(e, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
-  hm_cuda_count_launch();
-  if (!s)
-    s = cublasLtMatmul(d->blas_lt, e->desc, &one, p->y.data, e->y, p->x.data, e->x, &zero, p->out.data, e->out,
-                       p->out.data, e->out, &e->algo, d->blas_workspace, HM_CUDA_BLAS_WORKSPACE, d->compute);
-  return hm_cuda_blas_status(s, p->name);
+static int bias_gemm(const hm_cuda_product *p, const hm_cuda_lines *l) {
+  hm_cuda_product by_lt = *p;
+  bool done;
+  by_lt.epilogue = HM_CUDA_BIAS;
+  int status = hm_cuda_lt_gemm(&by_lt, &done);
+  if (status || done) return status;
+  status = lay_bias(p);
+  return status ? status : plain_gemm(p, l, true);
 }
 
 int hm_cuda_gemm(const hm_cuda_product *p) {
-  lines l;
-  const int status = read_lines(p, &l);
+  hm_cuda_lines l;
+  const int status = hm_cuda_read_lines(p, &l);
   if (status) return status;
   return p->bias ? bias_gemm(p, &l) : plain_gemm(p, &l, p->accumulate);
 }
@@ -399,25 +257,23 @@ static void read_matmul(const plan *l, hm_cuda_product *p, batch *b) {
   stack_rows(p, b);
 }
 
-/* linear and its gradients: operands lie densely, leading dims are rows. */
-static void read_linear(const hm_kernel_call *call, const plan *l, hm_cuda_product *p) {
-  const hm_view *a = &l->x.view, *b = &l->y.view;
+void hm_cuda_linear_product(int op, const hm_view *a, const hm_view *b, const hm_view *out, hm_cuda_product *p) {
   const int64_t last = a->shape[a->ndim - 1], cols = b->shape[b->ndim - 1];
   int64_t rows = 1;
   for (int d = 0; d < a->ndim - 1; d++) rows *= a->shape[d];
   p->x = {a->data, a->dtype, last, 1, 0};
   p->y = {b->data, b->dtype, cols, 1, 0};
-  if (call->op == HM_OP_LINEAR) {
+  if (op == HM_OP_LINEAR) {
     p->m = rows, p->k = last, p->n = b->shape[0];
     p->y.rs = 1, p->y.cs = cols; /* the weight is [out, in] */
-    if (l->bias.view.ndim) p->bias = l->bias.view.data;
-  } else if (call->op == HM_OP_LINEAR_BACKWARD_INPUT) {
+  } else if (op == HM_OP_LINEAR_BACKWARD_INPUT) {
     p->m = rows, p->k = last, p->n = cols;
   } else {
     p->m = last, p->k = rows, p->n = cols;
     p->x.rs = 1, p->x.cs = last;
   }
-  p->out = {l->out.view.data, l->out.view.dtype, p->n, 1, 0};
+  p->out = {out->data, out->dtype, p->n, 1, 0};
+  p->batches = 1;
 }
 
 /* ====== Family matmul: running a call ====== */
@@ -498,7 +354,8 @@ int hm_cuda_matmul(const hm_kernel_call *call) {
   p.name = l.name;
   p.batches = 1;
   if (call->op == HM_OP_MATMUL) read_matmul(&l, &p, &b);
-  else read_linear(call, &l, &p);
+  else hm_cuda_linear_product(call->op, &l.x.view, &l.y.view, &l.out.view, &p);
+  if (l.bias.view.ndim) p.bias = l.bias.view.data;
   status = run_batch(&p, &b);
   if (!status && l.out.copied) status = hm_cuda_copy_view(&l.out.view, &call->out[0]);
   return status;

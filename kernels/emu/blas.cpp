@@ -3,13 +3,15 @@
  *
  * Test double: it shows no speed, no memory model, no real cuBLAS.  Types, leading dimensions, pointers (alignment, and that each matrix lies
  * in one live allocation) are checked when the call is made; the product runs on the handle's stream.  What cuBLAS does not support is refused
- * here too: a refusal is reported with its reason.
+ * here too: a refusal is reported with its reason.  HALFMOON_EMU_EPILOGUE plays out what cublasLt's epilogues might be:
+ *   none   no algorithm has one but a bias        nan   relu makes NaN 0        rough   gelu and its gradient are a thousandth off
  */
 #include "emu.h"
 
 #include <set>
 #include <vector>
 #include <stdlib.h>
+#include <string.h>
 #include "cublasLt.h"
 #include "gemm.h"
 
@@ -45,6 +47,11 @@ cublasStatus_t begin(const call &entered, const void *handle, bool allocates = f
   if (entered.injected) return allocates ? CUBLAS_STATUS_ALLOC_FAILED : CUBLAS_STATUS_EXECUTION_FAILED;
   if (entered.error) return CUBLAS_STATUS_EXECUTION_FAILED;
   return handle && !handles.count(handle) ? CUBLAS_STATUS_NOT_INITIALIZED : CUBLAS_STATUS_SUCCESS;
+}
+
+bool plays(const char *what) {
+  const char *const asked = getenv("HALFMOON_EMU_EPILOGUE");
+  return asked && !strcmp(asked, what);
 }
 
 size_t size_of(cudaDataType type) {
@@ -516,6 +523,8 @@ bool set_epilogue(product *p, const description &d, cudaDataType result) {
   f.bias_type = d.bias_type < 0 ? result : (cudaDataType)d.bias_type;
   f.aux_type = d.aux_type < 0 ? result : (cudaDataType)d.aux_type;
   f.aux_ld = d.aux_ld;
+  f.drops_nan = plays("nan");
+  f.rough = plays("rough");
   p->aux_stride = d.aux_stride;
   p->bias_stride = d.bias_stride;
   const uint32_t e = d.epilogue;
@@ -545,7 +554,11 @@ bool set_epilogue(product *p, const description &d, cudaDataType result) {
   if (e == CUBLASLT_EPILOGUE_BGRADA) p->sum_a = d.bias;
   if (e == CUBLASLT_EPILOGUE_BGRADB) p->sum_b = d.bias;
   if (e & 128) f.aux = d.aux;
-  const bool uses_bias = e & (4 | 16 | 256 | 512);
+  const bool uses_bias = e & (4 | 16 | 256 | 512), gives_bias = e & (16 | 256 | 512);
+  if (gives_bias && f.bias_type != result) {
+    report("%s: a bias gradient is of D's type", p->name);
+    return false;
+  }
   if (uses_bias &&
       !vector_is_there(p->name, "the bias", d.bias, f.bias_type, e == CUBLASLT_EPILOGUE_BGRADB ? p->n : p->m))
     return false;
@@ -609,6 +622,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t lightHandle, cubl
       !heuristicResultsArray || !returnAlgoCount)
     return CUBLAS_STATUS_INVALID_VALUE;
   *returnAlgoCount = 0;
+  const uint32_t epilogue = ((description *)(void *)operationDesc)->epilogue;
+  if (plays("none") && epilogue != CUBLASLT_EPILOGUE_DEFAULT && epilogue != CUBLASLT_EPILOGUE_BIAS)
+    return CUBLAS_STATUS_NOT_SUPPORTED;
   product p = {};
   p.name = "cublasLtMatmulAlgoGetHeuristic";
   const cublasStatus_t bad =

@@ -184,12 +184,12 @@ double activate(double x, const finish &f, int64_t at) {
   switch (f.act) {
   case ACT_RELU:
     if (f.aux) save_bit(f.aux, at, x > 0);
-    return x < 0 ? 0 : x;
+    return x < 0 || (f.drops_nan && x != x) ? 0 : x;
   case ACT_GELU:
     if (f.aux) store(f.aux, f.aux_type, at, x);
-    return gelu(x);
+    return gelu(x) * (f.rough ? 1.001 : 1);
   case ACT_DRELU: return ((const uint8_t *)f.aux)[at / 8] >> (at & 7) & 1 ? x : 0;
-  case ACT_DGELU: return x * gelu_slope(load(f.aux, f.aux_type, at));
+  case ACT_DGELU: return x * gelu_slope(load(f.aux, f.aux_type, at)) * (f.rough ? 1.001 : 1);
   default: return x;
   }
 }

@@ -34,6 +34,8 @@ struct finish {
   cudaDataType aux_type;
   int64_t aux_ld;      /* column-major; for relu one bit each */
   void *bias_gradient; /* sum of D's rows, or NULL */
+  bool drops_nan;      /* relu makes NaN 0 */
+  bool rough;          /* gelu and its gradient are a thousandth off */
 };
 
 /* acc (column-major, m rows) = A (m x k) times B (k x n), summed over k in order, in float32; double for CUDA_R_64F (acc is then of doubles). */

@@ -78,6 +78,8 @@ static int l_counters(lua_State *L) {
   hb_set_integer(L, "cudnn_convolutions", c.cudnn_convolutions);
   hb_set_integer(L, "im2col_convolutions", c.im2col_convolutions);
   hb_set_integer(L, "cudnn_refusals", c.cudnn_refusals);
+  hb_set_integer(L, "fused_linears", c.fused_linears);
+  hb_set_integer(L, "stepped_linears", c.stepped_linears);
   return 1;
 }
 

@@ -319,6 +319,19 @@ static int unknown_op(lua_State *L, const char *name) {
   return hb_error(L, "autocast: there is no op \"%s\"%s%s", name, best ? "; did you mean " : "", best ? best : "");
 }
 
+/* What a table of ops says of linear counts for linear with an activation, too, unless the table names that. */
+static void share_linear(lua_State *L, int idx, char *cls) {
+  static const int fused[] = {HM_OP_LINEAR_RELU, HM_OP_LINEAR_GELU_TANH};
+  lua_pushstring(L, hm_op_get(HM_OP_LINEAR)->name);
+  const bool said = lua_rawget(L, idx) != LUA_TNIL;
+  lua_pop(L, 1);
+  for (size_t i = 0; said && i < sizeof fused / sizeof *fused; i++) {
+    lua_pushstring(L, hm_op_get(fused[i])->name);
+    if (lua_rawget(L, idx) == LUA_TNIL) cls[fused[i]] = cls[HM_OP_LINEAR];
+    lua_pop(L, 1);
+  }
+}
+
 /* Reads {op = class, ...} at idx into letters; true if there is any. */
 static bool read_classes(lua_State *L, int idx, char *cls) {
   bool any = false;
@@ -333,6 +346,7 @@ static bool read_classes(lua_State *L, int idx, char *cls) {
     any = true;
     lua_pop(L, 1);
   }
+  share_linear(L, idx, cls);
   return any;
 }
 
@@ -455,6 +469,20 @@ static int l_autocast_state(lua_State *L) {
   return 1;
 }
 
+/* core.autocast_splits(op) -> must linear and the activation `op` run as two ops here?  In a region of fp8, where the gradient of the product
+ * itself is rounded, and in one that gives the activation a class of its own. */
+static int l_autocast_splits(lua_State *L) {
+  hb_enter(L);
+  const hm_mode *m = hm_mode_current();
+  bool splits = m->autocast && m->low == HM_F8_E4M3;
+  if (m->autocast && m->cls && !splits) {
+    const int op = hm_op_find(luaL_checkstring(L, 1));
+    splits = op >= 0 && m->cls[op];
+  }
+  lua_pushboolean(L, splits);
+  return 1;
+}
+
 /* cast_stats() -> {hits, misses, casts, bytes} */
 static int l_cast_stats(lua_State *L) {
   hm_cast_stats s;
@@ -479,6 +507,7 @@ void hb_open_modes(lua_State *L, hb_state *st) {
                                        {"autocast", l_autocast},
                                        {"is_grad_enabled", l_is_grad_enabled},
                                        {"autocast_state", l_autocast_state},
+                                       {"autocast_splits", l_autocast_splits},
                                        {"cast_stats", l_cast_stats},
                                        {NULL, NULL}};
   luaL_newmetatable(L, HB_GUARD);

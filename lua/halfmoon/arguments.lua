@@ -171,6 +171,9 @@ function M.same_shape(a, b) return table.concat(a.shape, ",") == table.concat(b.
 --- A test for the option `reduction`.
 M.reductions = options.one_of("mean", "sum", "none")
 
+--- A test for the option `activation` of linear layers.
+M.activations = options.one_of("relu", "gelu_tanh")
+
 --- A test for options: between 0 and 1.
 ---@param v number
 ---@return string?

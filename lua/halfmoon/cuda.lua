@@ -63,8 +63,10 @@ function cuda.trim(device) core.trim(device or "cuda") end
 local base = {}
 
 --- hm.cuda.stats() -> {launches, synchronisations, copies, bytes, cudnn_convolutions, im2col_convolutions,
---- cudnn_refusals} since the last reset_stats(), all GPUs together.  A refusal is a convolution that cuDNN was asked
---- for and that went through im2col; windows of one pixel are plain matrix products and counted in neither.
+--- cudnn_refusals, fused_linears, stepped_linears} since the last reset_stats(), all GPUs together.  A refusal is a
+--- convolution that cuDNN was asked for and that went through im2col; windows of one pixel are plain matrix products and
+--- counted in neither.  Linears with an activation, their gradients, and gradients of weight and bias together are fused
+--- where cublasLt does them in one product, else stepped.
 ---@return table<string, integer>
 function cuda.stats()
   local now = core.cuda_counters()

@@ -18,7 +18,8 @@ local private = {}
 for name in ([[
   ops call op_log grad record_custom custom_saved region_new region_run detect_anomaly get_name set_name set_path_provider
   fp8_new fp8_default fp8_recipe
-  optim_new optim_kind grad_norm grad_scale grad_clip grad_clamp scaler_new sandbox autocast autocast_state cast_stats
+  optim_new optim_kind grad_norm grad_scale grad_clip grad_clamp scaler_new sandbox autocast autocast_state
+  autocast_splits cast_stats
   safetensors_save safetensors_load npy_save npy_load npz_save npz_load idx loader_new
   csv_open bytes cifar random_states set_random_states
   now isatty mtime term_width exists census op_watch gradient_watch

@@ -609,11 +609,13 @@ function Tensor:type_as(y) end
 ---@return Tensor
 function Tensor:bernoulli() end
 
---- x times the transpose of weight, plus bias: x is [..., in], weight [out, in], bias [out] or nil.
+--- x times the transpose of weight, plus bias: x is [..., in], weight [out, in], bias [out] or nil.  An activation is applied by
+--- the same op.
 ---@param weight Tensor
 ---@param bias Tensor?
+---@param opts {activation: "relu"|"gelu_tanh"}? or the activation alone
 ---@return Tensor
-function Tensor:linear(weight, bias) end
+function Tensor:linear(weight, bias, opts) end
 
 --- Convolution of x [N, C, H, W] with weight [out, C / groups, kH, kW].
 ---@param weight Tensor
@@ -821,7 +823,8 @@ function hm.is_recomputing() end
 local amp = {}
 
 --- A scope in which ops compute in a half dtype where that is safe, and in float32 where it is not; a guard, or a call of fn.
---- "fp8" is an emulation on the CPU: products on factors rounded to 8 bits, scaled by the recipe.
+--- "fp8" is an emulation on the CPU: products on factors rounded to 8 bits, scaled by the recipe.  ops = {exp = "low"} gives ops
+--- another class (low, f32, promote, follow); what it says of linear counts for linear_relu and linear_gelu_tanh, too.
 ---@param opts string|{dtype: string?, enabled: boolean?, cache_enabled: boolean?, backward: string?, ops: table?, recipe: DelayedScaling?}|function|nil
 ---@param fn function?
 ---@param ... any arguments for fn

@@ -15,29 +15,26 @@ local M = {batch = BATCH}
 local MLP = nn.class("MLP")
 
 function MLP:init()
-  self.fc1 = nn.Linear(784, 512)
-  self.fc2 = nn.Linear(512, 512)
+  self.fc1 = nn.Linear(784, 512, {activation = "relu"})
+  self.fc2 = nn.Linear(512, 512, {activation = "relu"})
   self.fc3 = nn.Linear(512, 10)
 end
 
-function MLP:forward(x)
-  x = self.fc1(x:flatten(2)):relu()
-  return self.fc3(self.fc2(x):relu())
-end
+function MLP:forward(x) return self.fc3(self.fc2(self.fc1(x:flatten(2)))) end
 
 local CNN = nn.class("CNN")
 
 function CNN:init()
   self.conv1 = nn.Conv2d(1, 32, 3, {padding = 1})
   self.conv2 = nn.Conv2d(32, 64, 3, {padding = 1})
-  self.fc1 = nn.Linear(64 * 7 * 7, 128)
+  self.fc1 = nn.Linear(64 * 7 * 7, 128, {activation = "relu"})
   self.fc2 = nn.Linear(128, 10)
 end
 
 function CNN:forward(x)
   x = self.conv1(x):max_pool2d(2):relu()
   x = self.conv2(x):max_pool2d(2):relu()
-  return self.fc2(self.fc1(x:flatten(2)):relu())
+  return self.fc2(self.fc1(x:flatten(2)))
 end
 
 --- Multiply-adds of one product, counted as two: forward, weight gradient, and input gradient but in the first layer.

@@ -70,7 +70,15 @@ function Emitter:attribute(e, want)
   return name
 end
 
--- An op call; target: C lvalue of type hm_tensor*, or nil for a temporary.  Returns a C expression of type hm_arg.
+--- Spells an expression out: equal ones give equal text.
+local function spelled(e)
+  if type(e) ~= "table" then return tostring(e) end
+  local t = {}
+  for i, part in ipairs(e) do t[i] = spelled(part) end
+  return "(" .. table.concat(t, " ") .. ")"
+end
+
+-- An op call; target: C lvalue of type hm_tensor*, or nil for a temporary, which equal calls share.  Returns a C expression of type hm_arg.
 function Emitter:call(name, args, target, dtype)
   local callee = self.ops.by_name[name]
   if not callee then fail(self.op, "no op " .. name) end
@@ -85,12 +93,19 @@ function Emitter:call(name, args, target, dtype)
     local given = args[#callee.inputs + i]
     ats[i] = given and self:attribute(given, a) or "(hm_attr)" .. attrs.default(a)
   end
-  local slot = target
+  local slot, guard = target, ""
   if not slot then
-    slot = ("t[%d]"):format(self.temps)
-    self.temps = self.temps + 1
+    local key = name .. spelled(args)
+    slot = self.shared[key]
+    if slot then
+      guard = ("if (!%s) "):format(slot)
+    else
+      slot = ("t[%d]"):format(self.temps)
+      self.temps = self.temps + 1
+      self.shared[key] = slot
+    end
   end
-  self:line("status = hm_call_as(HM_OP_%s, (const hm_arg[]){%s}, %s, %s, &%s);", name:upper(), table.concat(ins, ", "),
+  self:line(guard .. "status = hm_call_as(HM_OP_%s, (const hm_arg[]){%s}, %s, %s, &%s);", name:upper(), table.concat(ins, ", "),
     #ats > 0 and ("(const hm_attr[]){%s}"):format(table.concat(ats, ", ")) or "NULL", dtype or "HM_NONE", slot)
   self:line("if (status) goto done;")
   return ("hm_t(%s)"):format(slot)
@@ -124,36 +139,64 @@ function Emitter:value(e, target, dtype)
   local var = ("s_%s"):format(name)
   if not self.loaded[var] then
     self.loaded[var] = true
-    self:line("const hm_arg %s = hm__saved_%s(n, %d, &status);", var, what, i - 1)
+    local again = what == "out" and not self.group and op.again[name] -- a joint call is for gradients that are not recorded
+    if again then
+      local loaded = self.loaded
+      self.loaded = {}
+      self:line("hm_arg %s;", var)
+      self:line("if (hm__recording()) {")
+      self:line("%s = %s;", var, self:value(again))
+      self:line("} else {")
+      self:line("%s = hm__saved_out(n, %d, &status);", var, i - 1)
+      self:line("}")
+      self.loaded = loaded
+    else
+      self:line("const hm_arg %s = hm__saved_%s(n, %d, &status);", var, what, i - 1)
+    end
     self:line("if (status) goto done;")
   end
   return var
 end
 
--- One call whose outputs are the gradients of several inputs.
-local function emit_group(em, e, list)
-  local op, wants = em.op, {}
+local function condition(list, word)
+  local wants = {}
+  for k, i in ipairs(list) do wants[k] = ("hm__wants(n, %d)"):format(i - 1) end
+  return table.concat(wants, word)
+end
+
+-- One call whose outputs are the gradients of several inputs.  joint: it is taken where all of them are wanted, in one dtype, and
+-- the gradient is not itself recorded.
+local function emit_group(em, e, list, joint)
+  local op = em.op
   if e[1] ~= "call" or #(em.ops.by_name[e[2]] or {outputs = {}}).outputs ~= #list then
     fail(op, "a gradient by several inputs must be one call with as many outputs")
   end
-  for k, i in ipairs(list) do wants[k] = ("hm__wants(n, %d)"):format(i - 1) end
-  table.insert(em.code, ("  if (%s) { /* by %s */\n"):format(table.concat(wants, " || "), em.ops.by_name[e[2]].name))
+  local when = condition(list, joint and " && " or " || ")
+  if joint then
+    when = "!hm__recording() && " .. when
+    for k = 2, #list do when = when .. (" && hm__edge_dtype(n, %d) == hm__edge_dtype(n, %d)"):format(list[k] - 1, list[1] - 1) end
+  end
+  table.insert(em.code, ("  if (%s) { /* by %s */\n"):format(when, em.ops.by_name[e[2]].name))
   em.loaded, em.group = {}, true
   em:line("hm_tensor *o[%d] = {NULL};", #list)
-  em:call(e[2], e[3], "o[0]", ("%s ? hm__edge_dtype(n, %d) : HM_NONE"):format(wants[1], list[1] - 1))
+  em:call(e[2], e[3], "o[0]", ("hm__wants(n, %d) ? hm__edge_dtype(n, %d) : HM_NONE"):format(list[1] - 1, list[1] - 1))
   em.group = false
   for k, i in ipairs(list) do
-    em:line("if (%s) grad_in[%d] = o[%d];", wants[k], i - 1, k - 1)
+    em:line("if (hm__wants(n, %d)) grad_in[%d] = o[%d];", i - 1, i - 1, k - 1)
     em:line("else hm_tensor_release(o[%d]);", k - 1)
   end
   table.insert(em.code, "  }\n")
 end
 
 local function emit(ops, op)
-  local order = {}
+  local order, joint = {}, {}
   for i in pairs(op.grad) do order[#order + 1] = i end
   table.sort(order)
-  local em = setmetatable({ops = ops, op = op, code = {}, temps = 0, count = 0}, Emitter)
+  local em = setmetatable({ops = ops, op = op, code = {}, temps = 0, count = 0, shared = {}}, Emitter)
+  if op.joint then
+    emit_group(em, op.joint[1], op.joint[2], true)
+    for _, i in ipairs(op.joint[2]) do joint[i] = true end
+  end
   for _, i in ipairs(order) do
     local e = op.grad[i]
     local list = op.groups[e]
@@ -161,7 +204,8 @@ local function emit(ops, op)
       if list[1] == i then emit_group(em, e, list) end
       goto continue
     end
-    table.insert(em.code, ("  if (hm__wants(n, %d)) { /* by %s */\n"):format(i - 1, op.inputs[i].name))
+    local open = joint[i] and (" && !grad_in[%d]"):format(i - 1) or ""
+    table.insert(em.code, ("  if (hm__wants(n, %d)%s) { /* by %s */\n"):format(i - 1, open, op.inputs[i].name))
     em.loaded = {}
     local slot = ("grad_in[%d]"):format(i - 1)
     if e[1] == "id" then
@@ -191,9 +235,11 @@ return function(ops)
       op.need_in, op.need_out, op.diff_in = {}, {}, 0
       for by, e in pairs(op.grad) do
         local set, mask_in, mask_out = saved_names(e, {}), 0, 0
+        for name, tree in pairs(op.again) do if set[name] then saved_names(tree, set) end end
         for i, input in ipairs(op.inputs) do if set[input.name] then mask_in = mask_in | 1 << (i - 1) end end
         for i, output in ipairs(op.outputs) do
-          if set[output.name] and not find(op.inputs, output.name) then mask_out = mask_out | 1 << (i - 1) end
+          local named = set[output.name] and not find(op.inputs, output.name)
+          if named or op.keep[output.name] then mask_out = mask_out | 1 << (i - 1) end
         end
         op.need_in[by], op.need_out[by] = mask_in, mask_out
       end

@@ -4,6 +4,8 @@
 --   inputs  {{name, cls, optional, mutated}}      outputs {{name, cls, same}}      attrs {{name, type, optional, default, choices}}
 --   f, fi   formula trees (elementwise)           grad    {[input index] = op expression tree}
 --   groups  {[tree] = input indices}: one call that gives several gradients       dim_first  the first attribute follows the first input
+--   joint   {tree, input indices}: such a call, to be preferred to the expressions that each of its inputs has too
+--   keep    {[output name] = true}: saved for the engine     again   {[output name] = expression that makes it}
 
 local expr = require "expr"
 
@@ -13,7 +15,7 @@ local CLASSES = {L = true, F = true, P = true, T = true, t = true, i = true, b =
 local ATTR_TYPES = {}
 for name in ("int ints float bool dtype shape dim dims rng"):gmatch("%a+") do ATTR_TYPES[name] = true end
 local FIELDS = {}
-for name in ("family f fi ints d grad ulp lua meta domain doc partial infer"):gmatch("%a+") do FIELDS[name] = true end
+for name in ("family f fi ints d grad ulp lua meta domain doc partial infer keep again"):gmatch("%a+") do FIELDS[name] = true end
 
 local function fail(row, message) error("kernels/ops.def: " .. row.signature .. ": " .. message, 0) end
 
@@ -98,7 +100,8 @@ local function elementwise_row(name, inputs, attrs, formula, doc, ulp, domain)
   end
   local row = {
     signature = ("%s(%s) -> T"):format(name, table.concat(texts, ", ")), family = "elementwise", infer = "elementwise",
-    ints = "no", lua = "no", ulp = ulp, doc = doc, generated = true, f = formula, grad = {}, groups = {}, domain = domain,
+    ints = "no", lua = "no", ulp = ulp, doc = doc, generated = true, f = formula, grad = {}, groups = {}, keep = {},
+    again = {}, domain = domain,
   }
   parse_signature(row)
   return row
@@ -167,6 +170,28 @@ end
 
 -- ====== Loading ======
 
+--- The row's gradient expressions: one for each input, or one call for several.
+local function read_gradients(row, texts)
+  local groups = {}
+  for names, text in pairs(texts) do
+    local tree, indices = expr.parse(text), {}
+    for _, name in ipairs(split(names)) do
+      local i = input_index(row, name)
+      if not i then fail(row, "derivative by unknown input '" .. name .. "'") end
+      indices[#indices + 1] = i
+    end
+    if #indices > 1 then groups[tree] = indices else row.grad[indices[1]] = tree end
+  end
+  for tree, indices in pairs(groups) do
+    if row.grad[indices[1]] then
+      row.joint = {tree, indices}
+    else
+      row.groups[tree] = indices
+      for _, i in ipairs(indices) do row.grad[i] = tree end
+    end
+  end
+end
+
 local function check(row)
   for key in pairs(row.raw) do
     if type(key) == "string" and not FIELDS[key] then fail(row, "unknown field '" .. key .. "'") end
@@ -192,23 +217,16 @@ function M.load(path)
       raw = raw, signature = raw[1], family = raw.family or family, infer = raw.infer or raw.family or family,
       ints = raw.ints or (family == "view" and "keep" or "float"), lua = raw.lua or "both", meta = raw.meta,
       ulp = raw.ulp or 0, domain = raw.domain or "real", doc = raw.doc, partial = raw.partial, d = raw.d,
-      grad = {}, groups = {}, generated = false,
+      grad = {}, groups = {}, keep = {}, again = {}, generated = false,
     }
     parse_signature(row)
     row.f = raw.f and expr.parse(raw.f)
     row.fi = raw.fi and expr.parse(raw.fi) or row.f
     check(row)
     add(row)
-    for names, text in pairs(raw.grad or {}) do
-      local tree, indices = expr.parse(text), {}
-      for _, name in ipairs(split(names)) do
-        local i = input_index(row, name)
-        if not i then fail(row, "derivative by unknown input '" .. name .. "'") end
-        indices[#indices + 1] = i
-        row.grad[i] = tree
-      end
-      if #indices > 1 then row.groups[tree] = indices end
-    end
+    read_gradients(row, raw.grad or {})
+    for name, text in pairs(raw.again or {}) do row.again[name] = expr.parse(text) end
+    for _, name in ipairs(split(raw.keep or "")) do row.keep[name] = true end
     for name in pairs(raw.d or {}) do
       if not input_index(row, name) then fail(row, "derivative by unknown input '" .. name .. "'") end
     end

@@ -11,6 +11,7 @@ local M = {}
 
 local LISTS = {
   low = [[matmul linear conv2d prelu attention
+    linear_relu linear_gelu_tanh linear_backward_input_relu linear_backward_input_gelu_tanh linear_backward_params
     linear_backward_input linear_backward_weight conv2d_backward_input conv2d_backward_weight attention_backward]],
   float32 = [[exp log log2 log10 log1p expm1 pow reciprocal rsqrt tan asin acos sinh cosh softplus fake_quantize
     sum prod norm logsumexp cumsum cumsum_reverse cumprod softmax log_softmax

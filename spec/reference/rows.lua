@@ -3,9 +3,10 @@
 --
 -- One function per row: rows[name](inputs..., attributes) -> outputs.  An array is {shape = {...}, [1] = ..., ...};
 -- absent inputs are nil, numbers stay numbers; attributes are those of core.call (dims from 0).  Rows that only make
--- derivatives (NAME_backward) are left out: they are proved where the derivative of their row is held against
+-- derivatives (NAME_backward) may be left out: they are proved where the derivative of their row is held against
 -- differences.
 
+local elementwise = require "spec.reference.elementwise"
 local naive = require "spec.reference.naive"
 local philox = require "spec.reference.philox"
 
@@ -261,6 +262,20 @@ R.matmul = function(a, b)
   return out
 end
 
+--- fn(value, place) of each.
+local function mapped(a, fn)
+  local out = {shape = a.shape}
+  for p, v in ipairs(a) do out[p] = fn(v, p) end
+  return out
+end
+
+--- The derivative of gelu_tanh: 0.5 (1 + tanh u) + 0.5 x (1 - tanh^2 u) u'.
+local function gelu_tanh_slope(x)
+  local c = math.sqrt(2 / math.pi)
+  local s = 1 / (1 + math.exp(-2 * c * (x + 0.044715 * x ^ 3))) -- (1 + tanh u) / 2
+  return s + x * 2 * s * (1 - s) * c * (1 + 3 * 0.044715 * x ^ 2)
+end
+
 R.linear = function(x, w, bias)
   local inner, outer = w.shape[2], w.shape[1]
   local shape = copy(x.shape)
@@ -272,6 +287,43 @@ R.linear = function(x, w, bias)
     return s
   end)
 end
+
+R.linear_relu = function(x, w, bias) return mapped(R.linear(x, w, bias), elementwise.relu) end
+R.linear_gelu_tanh = function(x, w, bias)
+  local pre = R.linear(x, w, bias)
+  return mapped(pre, elementwise.gelu_tanh), pre
+end
+
+R.linear_backward_input = function(g, w)
+  local inner, outer = w.shape[2], w.shape[1]
+  local shape = copy(g.shape)
+  shape[#shape] = inner
+  return build(shape, function(_, p)
+    local row, k, s = (p - 1) // inner, (p - 1) % inner + 1, 0.0
+    for o = 1, outer do s = s + g[row * outer + o] * w[(o - 1) * inner + k] end
+    return s
+  end)
+end
+R.linear_backward_input_relu = function(g, w, out)
+  return mapped(R.linear_backward_input(g, w), function(v, p) return out[p] <= 0 and 0.0 or v end)
+end
+R.linear_backward_input_gelu_tanh = function(g, w, pre)
+  return mapped(R.linear_backward_input(g, w), function(v, p) return v * gelu_tanh_slope(pre[p]) end)
+end
+
+R.linear_backward_weight = function(g, x)
+  local outer, inner = g.shape[#g.shape], x.shape[#x.shape]
+  local out = {shape = {outer, inner}}
+  for i = 1, outer * inner do
+    local s = 0.0
+    for row = 0, count(g.shape, 1, #g.shape - 1) - 1 do
+      s = s + g[row * outer + (i - 1) // inner + 1] * x[row * inner + (i - 1) % inner + 1]
+    end
+    out[i] = s
+  end
+  return out
+end
+R.linear_backward_params = function(g, x) return R.linear_backward_weight(g, x), R.linear_backward_bias(g) end
 
 R.conv2d = function(x, w, bias, attrs) return naive.conv2d(x, w, bias, attrs) end
 

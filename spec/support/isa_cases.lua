@@ -194,6 +194,20 @@ local function arrays(add, n)
       end)
       case("conv2d_backward_bias " .. name, function() return core.call("conv2d_backward_bias", image) end)
     end
+    -- products of whole numbers are exact, in whatever order the library adds: what is left is what goes with them
+    local function whole(seed, ...)
+      local list = {}
+      for i, v in ipairs(tame(rows * 16, seed)) do list[i] = v < 0 and v // 1 or v // 1 + 1 end
+      return hm.tensor(list, {dtype = dtype}):view(...)
+    end
+    local up, down, bias = whole(12, rows, 16), whole(13, rows, 16), whole(14, rows * 16):narrow(1, 1, rows)
+    case("linear layers", function()
+      local hidden, aux = core.call("linear_relu", up, down, bias)
+      local bent, pre = core.call("linear_gelu_tanh", up, down, bias)
+      return hidden, bent, pre, core.call("linear_backward_input_relu", up, down:t(), hidden, aux),
+        core.call("linear_backward_input_gelu_tanh", up, down:t(), pre)
+    end)
+    case("linear_backward_params", function() return core.call("linear_backward_params", up, down) end)
     case("linear_backward_bias", function() return core.call("linear_backward_bias", x) end)
     for _, other in ipairs {"float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"} do
       case("cast to " .. other, function() return x:abs():to(other), x:t():abs():to(other):contiguous() end)

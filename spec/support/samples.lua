@@ -2,10 +2,10 @@
 -- from which op_audit_spec, autocast_spec, cuda_parity_spec and isa_cases draw.  A row that is neither elementwise nor
 -- has a sample here fails in each of them.
 --
--- A sample is {shapes by input, attributes}: "-" leaves an optional input out, a number is a number, a shape with kind
--- = "bool" or "float" says what a mask is made of, a function makes the tensor.  A third entry says why differences do
--- not apply.  The first sample of a row is small and holds every optional input; those under SMALL elements are also
--- held against differences and plain loops.
+-- A sample is {shapes by input, attributes}: "-" leaves an optional input out, a number is a number, a shape's kind says
+-- what a mask is made of ("bool" or "float") or which values are negative (SIGNS), a function makes the tensor.  A
+-- third entry says why differences do not apply.  The first sample of a row is small and holds every optional input;
+-- those under SMALL elements are also held against differences and plain loops.
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
@@ -129,6 +129,7 @@ local SAMPLES = {
   linear_backward_input = {{{{5, 4}, {4, 7}}}, {{{2, 3, 4}, {4, 7}}}},
   linear_backward_weight = {{{{5, 4}, {5, 7}}}, {{{2, 3, 4}, {2, 3, 7}}}},
   linear_backward_bias = {{{{5, 4}}}, {{{300, 4}}}, {{{2, 3, 4}}}},
+  linear_backward_params = {{{{5, 4}, {5, 7}}}, {{{2, 3, 4}, {2, 3, 7}}}, {{{300, 4}, {300, 3}}}, {{{4}, {7}}}},
   conv2d = {
     {{{2, 3, 5, 6}, {4, 3, 3, 3}, {4}}, {}}, {{{2, 3, 5, 6}, {4, 3, 3, 3}, "-"}, {padding = {1}}},
     {{{1, 4, 7, 7}, {6, 2, 3, 3}, {6}}, {stride = {2}, padding = {1}, groups = 2}},
@@ -173,6 +174,22 @@ for _, dtype in ipairs {"float32", "float16", "bfloat16", "float64", "int64", "i
 end
 table.insert(SAMPLES.cast, {{{2, 3, 4, 5}}, {layout = "channels_last"}})
 table.insert(SAMPLES.cast, {{{2, 3, 4, 5}}, {dtype = "float16", layout = "channels_last"}})
+
+-- Linear layers with an activation, with the signs that SIGNS says.  aux, which a backend keeps for itself, may always be
+-- empty.
+local function rows(shape) return {kind = "rows", table.unpack(shape)} end
+local function nothing() return hm.zeros({0}, {dtype = "uint8", device = "cpu"}) end
+local LAYERS = {{{{5, 7}, rows {4, 7}, rows {4}}}, {{{5, 7}, rows {4, 7}, "-"}}, {{{2, 3, 7}, rows {4, 7}, rows {4}}},
+  {{{2, 3, 7}, rows {6, 7}, "-"}}, {{{7}, rows {4, 7}, rows {4}}}, {{{33, 65}, rows {40, 65}, rows {40}}}}
+for name, list in pairs {
+  linear_relu = LAYERS, linear_gelu_tanh = LAYERS,
+  linear_backward_input_relu = {{{{5, 4}, {4, 7}, {5, 7, kind = "relu"}, nothing}},
+    {{{2, 3, 4}, {4, 7}, {2, 3, 7, kind = "relu"}, nothing}}, {{{4}, {4, 7}, {7, kind = "relu"}, nothing}},
+    {{{33, 40}, {40, 65}, {33, 65, kind = "relu"}, nothing}}},
+  linear_backward_input_gelu_tanh = {{{{5, 4}, {4, 7}, {5, 7, kind = "columns"}}},
+    {{{2, 3, 4}, {4, 7}, {2, 3, 7, kind = "columns"}}}, {{{4}, {4, 7}, {7, kind = "columns"}}},
+    {{{33, 40}, {40, 65}, {33, 65, kind = "columns"}}}},
+} do SAMPLES[name] = list end
 
 -- Indices.
 local AGAIN = "an id that comes again hides what was written before, but the derivative is that of each"
@@ -384,6 +401,19 @@ local UNSIGNED = {softmax_backward = true, log_softmax_backward = true, prod = t
   gather_backward = true, index_select_backward = true}
 local SIGNED_FAMILY = {norm = true, loss = true, pool = true, copy = true, attention = true}
 
+-- Kinds of which every other row, or column, is negative (relu: 0): an activation stops some, and yet no terms of both
+-- signs meet in a sum.  Quarters of the usual size, where gelu bends.
+local SIGNS = {rows = -1, columns = -1, relu = 0}
+
+local function alternating(t, shape)
+  local sign, width, list = SIGNS[shape.kind], shape[#shape], t:flatten():totable()
+  for i, v in ipairs(list) do
+    local line = (shape.kind == "rows" and #shape > 1) and (i - 1) // width or i - 1
+    list[i] = v / 4 * (line % 2 == 0 and 1 or sign)
+  end
+  return hm.tensor(list, {dtype = t.dtype, device = "cpu"}):view(table.move(shape, 1, #shape, 1, {}))
+end
+
 --- Input k of a sample, on the CPU: a tensor, a number or nil.  args: other inputs, for one that is made from them.
 function M.argument(op, k, sample, dtype, args)
   local shape = sample[1][k]
@@ -398,6 +428,7 @@ function M.argument(op, k, sample, dtype, args)
     return hm.tensor(list, {dtype = own, device = "cpu"}):view(table.move(shape, 1, #shape, 1, {}))
   end
   local t = M.filled(shape, own, k)
+  if SIGNS[shape.kind] and not is_integer(own) then return alternating(t, shape) end
   -- negative ones too, where nothing is summed: maxima, pooling, copies, and logits
   local signed = (SIGNED_FAMILY[op.family] or op.ulp == 0) and not UNSIGNED[op.name] and not POSITIVE[input.name]
   if signed and not is_integer(own) then t = (t - 1.5) * 4 end

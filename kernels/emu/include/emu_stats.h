@@ -14,6 +14,7 @@
  *   HALFMOON_EMU_SMS     multiprocessors, default 4
  *   HALFMOON_EMU_FAIL    NAME:N[,NAME:N...]: the N-th call of that function fails ("call": of any function, "launch": of any kernel)
  *   HALFMOON_EMU_CXX     compiler for run-time compilation, default g++
+ *   HALFMOON_EMU_EPILOGUE  none, nan or rough: what cublasLt's epilogues are like (blas.cpp tells)
  *   HALFMOON_EMU_CUDNN   refuse, late or bias: what cuDNN refuses (cudnn.cpp tells)
  *   HALFMOON_EMU_QUIET   1: violations are not printed to stderr
  */

@@ -19,8 +19,9 @@ local report = require "halfmoon.amp.report"
 
 return {
   --- amp.autocast([dtype | {dtype, enabled, cache_enabled, backward, ops, recipe}][, fn, ...]): a scope that computes in
-  --- low precision ("f16" by default; "fp8" is an emulation).  With a function: its results; without: the guard of
-  --- local _ <close> = amp.autocast("f16")
+  --- low precision ("f16" by default; "fp8" is an emulation).  ops = {exp = "low"} gives ops another class: low, f32,
+  --- promote or follow; what it says of linear counts for linear_relu and linear_gelu_tanh (a linear layer with its
+  --- activation), too.  With a function: its results; without: the guard of local _ <close> = amp.autocast("f16")
   autocast = core.autocast,
   --- amp.autocast_state() -> {enabled, dtype, cache_enabled}
   autocast_state = core.autocast_state,

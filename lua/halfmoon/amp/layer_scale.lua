@@ -36,6 +36,7 @@ local raise, describe = errors.raise, errors.describe
 ---@field index integer
 ---@field kind string the module's class
 ---@field terms integer? products added for one element of the input's gradient
+---@field slope number? the steepest of the activation that the module applies itself, if that is above 1
 ---@field state table the rule's
 ---@field carried number? the scale of gradients inside, in the last backward
 ---@field overflows integer updates in which a gradient of its parameters was not finite
@@ -88,6 +89,9 @@ local function terms_of(module)
   if module.__class:find("Transpose", 1, true) then return shape[2] * taps end
   return shape[1] // (rawget(module, "groups") or 1) * taps
 end
+
+-- By the activation that a linear layer applies itself: how much larger a gradient may become on its way back through it.
+local SLOPES = {gelu_tanh = 1.13}
 
 --- The layers of opts.layers, or the leaves, in the order of the modules: {{name, module}, ...}.
 local function choose(model, wanted)
@@ -184,7 +188,11 @@ function LayerScale:factor_of(layer, g, incoming)
   if self.removed or self.forced or not self.rule.backward then return 1.0 end
   local weight = rawget(layer.module, "weight")
   local event = {incoming = incoming, terms = layer.terms, kind = layer.kind, dtype = g.dtype}
-  function event.grad() return measure(g) end
+  function event.grad()
+    local seen, slope = measure(g), layer.slope or 1.0
+    seen.norm, seen.amax = seen.norm * slope, seen.amax * slope
+    return seen
+  end
   function event.weight() return core.is_tensor(weight) and measure(weight) or nil end
   local _ <close> = core.no_grad()
   local factor, why = ask(layer, self.rule.backward, event, self.opts)
@@ -323,7 +331,7 @@ local function new(model, rule, opts)
         module.__class)
     end
     local layer = {name = name, module = module, owner = self, index = i, kind = module.__class, overflows = 0}
-    layer.terms = terms_of(module)
+    layer.terms, layer.slope = terms_of(module), SLOPES[rawget(module, "activation")]
     self.layers[i], self.by_name[name] = layer, layer
   end
   self.opts = rule_options("layer_scale", self, rule, extra)

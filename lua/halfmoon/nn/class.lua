@@ -112,6 +112,19 @@ local function call(self, ...)
   return self:forward(...)
 end
 
+--- Calls fn(...) as a part of what a module does: errors inside name the module.
+---@param self Module
+---@param fn function
+---@param ... any
+---@return any ...
+local function within(self, fn, ...)
+  local s = current_stack()
+  s.n = s.n + 1
+  s[s.n] = self
+  local _ <close> = leave
+  return fn(...)
+end
+
 local function to_text(self) return self:describe() end
 
 --- Called by the constructor with its arguments.
@@ -630,5 +643,5 @@ errors.set_path_provider(path)
 
 return {
   Module = Module, class = class, Parameter = Parameter, is_module = is_module, is_parameter = is_parameter,
-  path = path, set_on_created = function(fn) on_created = fn end,
+  path = path, within = within, set_on_created = function(fn) on_created = fn end,
 }

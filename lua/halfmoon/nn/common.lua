@@ -30,6 +30,14 @@ function common.want_size(where, name, value)
   return size
 end
 
+--- The name of the activation that a linear layer applies itself, or nil.  Subclasses may keep other things in that field.
+---@param layer Linear
+---@return string?
+function common.activation_of(layer)
+  local activation = layer.activation
+  return type(activation) == "string" and activation or nil
+end
+
 --- A probability given to a constructor.
 ---@param where string
 ---@param value any

@@ -3,6 +3,7 @@
 -- First values are PyTorch's: Linear uniform within 1 / sqrt(inputs) (He's rule with a = sqrt 5), Embedding normal.
 
 local core = require "halfmoon.core"
+local arguments = require "halfmoon.arguments"
 local class = require "halfmoon.nn.class"
 local common = require "halfmoon.nn.common"
 local errors = require "halfmoon.errors"
@@ -10,23 +11,29 @@ local options = require "halfmoon.options"
 local F = require "halfmoon.nn.functional"
 
 local raise, describe = errors.raise, errors.describe
-local want_size, uniform = common.want_size, common.uniform
+local want_size, uniform, activation_of = common.want_size, common.uniform, common.activation_of
 
 local layers = {}
 
 -- ====== Linear ======
 
-local linear_spec = common.with_factory {bias = {"boolean", true}}
+local linear_spec = common.with_factory {
+  bias = {"boolean", true}, activation = {"string", nil, arguments.activations},
+}
 
 ---@class Linear: Module
 ---@field weight Tensor [out, in]
 ---@field bias Tensor? [out]
+---@field activation "relu"|"gelu_tanh"|false|nil
 local Linear = class.class("Linear")
 
---- nn.Linear(in, out, {bias = true, dtype =, device =}): x times the transpose of weight, plus bias.
+--- nn.Linear(in, out, {bias = true, activation = "relu"|"gelu_tanh", dtype =, device =}): x times the transpose of weight, plus
+--- bias.  The activation, where one is given, is applied by the same op: values and gradients are those of nn.ReLU() or
+--- nn.GELU{approximate = "tanh"} behind the layer (to the bit on the CPU), relu without a tensor between the two; on CUDA it is one
+--- pass where cublasLt has it.
 ---@param inputs integer
 ---@param outputs integer
----@param opts {bias: boolean, dtype: string, device: string}?
+---@param opts {bias: boolean, activation: "relu"|"gelu_tanh", dtype: string, device: string}?
 function Linear:init(inputs, outputs, opts)
   opts = options.check("nn.Linear", opts, linear_spec)
   self.in_features = want_size("nn.Linear", "the number of inputs", inputs)
@@ -34,15 +41,21 @@ function Linear:init(inputs, outputs, opts)
   local bound = 1 / math.sqrt(self.in_features)
   self.weight = uniform({self.out_features, self.in_features}, bound, opts)
   if opts.bias then self.bias = uniform({self.out_features}, bound, opts) end
+  self.activation = opts.activation or false
 end
 
 --- x [..., in] -> [..., out].
 ---@param x Tensor
 ---@return Tensor
-function Linear:forward(x) return F.linear(x, self.weight, self.bias) end
+function Linear:forward(x)
+  if not self.activation then return F.linear(x, self.weight, self.bias) end
+  return F.linear(x, self.weight, self.bias, activation_of(self))
+end
 
 function Linear:extra()
-  return ("%d -> %d%s"):format(self.in_features, self.out_features, self.bias and "" or ", no bias")
+  local activation = activation_of(self)
+  return ("%d -> %d%s%s"):format(self.in_features, self.out_features, self.bias and "" or ", no bias",
+    activation and ", " .. activation or "")
 end
 
 layers.Linear = Linear

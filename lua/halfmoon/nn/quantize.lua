@@ -16,6 +16,7 @@
 
 local core = require "halfmoon.core"
 local class = require "halfmoon.nn.class"
+local common = require "halfmoon.nn.common"
 local conv = require "halfmoon.nn.conv"
 local errors = require "halfmoon.errors"
 local linear = require "halfmoon.nn.linear"
@@ -193,7 +194,7 @@ end
 local QATLinear = class.class("QATLinear", linear.Linear)
 
 --- nn.QATLinear(linear, {weight = {...}|false, activation = {...}|false}): a Linear with the same parameters whose
---- input and weight are rounded to int8.  The options are those of nn.FakeQuantize.
+--- input and weight are rounded to int8, and with its activation.  The options are those of nn.FakeQuantize.
 ---@param layer Linear
 ---@param opts {weight: table|false, activation: table|false}?
 function QATLinear:init(layer, opts) take_over(self, "nn.QATLinear", layer, linear.Linear, opts) end
@@ -204,7 +205,7 @@ function QATLinear:init(layer, opts) take_over(self, "nn.QATLinear", layer, line
 function QATLinear:forward(x)
   local weight
   x, weight = rounded(self, x)
-  return F.linear(x, weight, self.bias)
+  return F.linear(x, weight, self.bias, common.activation_of(self))
 end
 
 layers.QATLinear = QATLinear
@@ -389,9 +390,9 @@ end
 --- Freezes the ranges of a model that prepare_qat made, and gives its weights as integers: a table name of layer ->
 --- entry. An entry has weight (uint8: int8 values are counted from quant_min, so that 0 of a weight is zero_point;
 --- int32 for grids of more than 256 points), scale [out] (float32), zero_point [out] (int32), axis = 1, dtype of the
---- float weight, bias (a copy, or nil), and input = {scale, zero_point, quant_min, quant_max}, or nil where inputs
---- stay floating. (weight - zero_point) * scale is, to the bit, what the model computes with in evaluation mode:
---- nn.quantize.dequantize.
+--- float weight, bias (a copy, or nil), activation (of a Linear that has one, by name), and input = {scale, zero_point,
+--- quant_min, quant_max}, or nil where inputs stay floating. (weight - zero_point) * scale is, to the bit, what the
+--- model computes with in evaluation mode: nn.quantize.dequantize.
 ---@param model Module
 ---@return table<string, table>
 function quantize.convert(model)
@@ -405,6 +406,7 @@ function quantize.convert(model)
       out[name] = {
         weight = weight, scale = fake.scale:clone(), zero_point = zero_point, axis = fake.observer.axis or nil,
         dtype = module.weight.dtype, bias = module.bias and module.bias:detach():clone(),
+        activation = common.activation_of(module),
         input = module.input_fake_quant and input_entry(module.input_fake_quant) or nil,
       }
       count = count + 1

@@ -4,6 +4,7 @@
 -- the other.  As there, a bool mask says true where a place takes NO part; a float mask is added to the scores.
 
 local core = require "halfmoon.core"
+local activation_layers = require "halfmoon.nn.activations"
 local class = require "halfmoon.nn.class"
 local common = require "halfmoon.nn.common"
 local errors = require "halfmoon.errors"
@@ -260,11 +261,24 @@ layers.MultiheadAttention = MultiheadAttention
 
 -- ====== TransformerEncoderLayer ======
 
-local activations = {relu = F.relu, gelu = F.gelu}
+local activations = {relu = F.relu, gelu = F.gelu, gelu_tanh = core.gelu_tanh}
+local FUSED = {[F.relu] = "relu", [core.relu] = "relu", [core.gelu_tanh] = "gelu_tanh"} -- what F.linear applies itself
 
 local function is_activation(value)
   if type(value) == "function" or class.is_module(value) or activations[value] then return end
-  return "must be \"relu\", \"gelu\" or a function"
+  return "must be \"relu\", \"gelu\", \"gelu_tanh\" or a function"
+end
+
+--- Is a module of this very class, with nothing that wants to be called with what goes in or comes out?
+local function is_bare(module, kind)
+  return getmetatable(module) == kind.__instance and not module._hooks and rawget(module, "forward") == nil
+end
+
+--- The activation by the name that F.linear knows, or nil.
+local function name_of(activation)
+  if type(activation) == "function" then return FUSED[activation] end
+  if is_bare(activation, activation_layers.ReLU) then return "relu" end
+  if is_bare(activation, activation_layers.GELU) and activation.options.approximate == "tanh" then return "gelu_tanh" end
 end
 
 local layer_spec = common.with_factory {
@@ -276,9 +290,10 @@ local layer_spec = common.with_factory {
 ---@class TransformerEncoderLayer: Module
 local TransformerEncoderLayer = class.class("TransformerEncoderLayer")
 
---- nn.TransformerEncoderLayer(size, heads, {dim_feedforward = 2048, dropout = 0.1, activation = "relu"|"gelu",
+--- nn.TransformerEncoderLayer(size, heads, {dim_feedforward = 2048, dropout = 0.1, activation = "relu"|"gelu"|"gelu_tanh",
 --- layer_norm_eps = 1e-5, batch_first = false, norm_first = false, bias = true}): self-attention, then two linear layers, each
---- with dropout, a sum with what came in, and a layer norm behind it (norm_first: before it).
+--- with dropout, a sum with what came in, and a layer norm behind it (norm_first: before it).  The activation may be a function
+--- or a module, too; relu and gelu_tanh are applied by linear1's own op, unless one of the two has hooks.
 ---@param size integer
 ---@param heads integer
 ---@param opts table?
@@ -314,9 +329,16 @@ local function attention_block(self, x, opts)
   return self.dropout1(y)
 end
 
-local function feed_forward(self, x)
-  return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))
+--- linear1 and the activation, by one op where nobody looks at what lies between.
+local function widen(self, x)
+  local first, name = self.linear1, name_of(self.activation)
+  if name and is_bare(first, linear.Linear) and not first.activation then
+    return class.within(first, F.linear, x, first.weight, first.bias, name)
+  end
+  return self.activation(first(x))
 end
+
+local function feed_forward(self, x) return self.dropout2(self.linear2(self.dropout(widen(self, x)))) end
 
 --- x [T, N, E] (batch_first: [N, T, E]; without a batch [T, E]).  Masks as MultiheadAttention's attn_mask and
 --- key_padding_mask.

@@ -11,7 +11,8 @@
 --     backward function(state, event, opts) -> factor; when a gradient reaches the layer, in each backward.
 --              event: incoming (the scale that the gradient carries already), terms, dtype, and two functions that
 --              measure when they are called, and wait for the device: grad() and weight() -> {count, norm, amax,
---              finite (false: it has NaN or infinities)}; weight() gives nil where the module has no weight
+--              finite (false: it has NaN or infinities)}; weight() gives nil where the module has no weight.  grad() of a
+--              linear layer with an activation of its own is of the largest that the activation can make of the gradient
 -- With update alone, gradients inside the layer carry state.scale, whatever they carried before.  With backward they
 -- carry the incoming scale times the factor; update is then optional, and what it returns is only shown.
 -- terms: how many products are added for one element of the input's gradient, of linear layers and convolutions; nil for

@@ -41,12 +41,33 @@ local function explain_linear(x, weight, bias)
   end
 end
 
---- x times the transpose of weight, plus bias: x is [..., in], weight [out, in], bias [out] or nil.
+local linear_spec = {activation = {"string", nil, arguments.activations}}
+local FUSED = {relu = "linear_relu", gelu_tanh = "linear_gelu_tanh"} -- the rows of the op table that do both
+
+--- linear and an activation, by one op where autocast allows that.
+local function activated(x, weight, bias, name)
+  if core.autocast_splits(name) then return core[name](F.linear(x, weight, bias)) end
+  local ok, y = pcall(core.call, FUSED[name], x, weight, bias)
+  if ok then return y end
+  explain_linear(x, weight, bias)
+  error(type(y) == "string" and y:gsub(FUSED[name] .. ": ", "linear: ", 1) or y, 0)
+end
+
+--- x times the transpose of weight, plus bias: x is [..., in], weight [out, in], bias [out] or nil.  activation "relu" or
+--- "gelu_tanh" is applied by the same op: values and gradients are those of F.relu or F.gelu{approximate = "tanh"} on the result
+--- (to the bit on the CPU), relu without a tensor between the two; on CUDA it is one pass where cublasLt has it.
 ---@param x Tensor
 ---@param weight Tensor
 ---@param bias Tensor?
+---@param opts {activation: "relu"|"gelu_tanh"}? or the activation alone
 ---@return Tensor
-function F.linear(x, weight, bias) return (attempt(explain_linear, "linear", x, weight, bias)) end
+function F.linear(x, weight, bias, opts)
+  if opts == nil then return (attempt(explain_linear, "linear", x, weight, bias)) end
+  local name = opts
+  if not FUSED[name] then name = options.check("linear", arguments.positional(opts, "activation"), linear_spec).activation end
+  if name == nil then return F.linear(x, weight, bias) end
+  return activated(x, weight, bias, name)
+end
 
 -- ====== Embedding ======
 
