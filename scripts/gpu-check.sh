@@ -340,10 +340,19 @@ device_answers() {
   return "$status"
 }
 
+# Which of cublasLt's epilogues are right here, as the counts of linears in one pass and in two.
+which_epilogues() {
+  fits "linear with an activation" || return
+  timed "$program" spec/support/linear_cases.lua
+  log_tail 20
+  if [ "$status" = 0 ]; then pass "linear with an activation"; else fail "linear with an activation: exit status $status"; fi
+}
+
 step_specs() {
   title "Specs on the device"
   specs "parity with the CPU, each op waited for" "env HALFMOON_CUDA_SYNC=1" spec/cuda_parity_spec.lua
   specs "the device" "" spec/cuda_spec.lua
+  which_epilogues
   specs "the whole suite, default device cuda" "" --device=cuda
 }
 

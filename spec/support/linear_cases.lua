@@ -1,7 +1,7 @@
 -- linear_cases.lua -- linear with an activation and its gradients on cuda, against the plain ops on the CPU, in every
 -- dtype; run by cuda_linear_spec.lua in a process of its own for each setting of the test double.
 --
--- Raises at the first case that is wrong.  Prints one line, a Lua table: by activation and dtype what the counters say of
+-- Raises at the first case that is wrong.  Prints a Lua table: by activation and dtype what the counters say of
 -- a chain of layers, forward and backward.
 
 local hm = require "halfmoon"
@@ -125,4 +125,4 @@ for _, activation in ipairs {"relu", "gelu_tanh"} do
     lines[#lines + 1] = ("[%q] = %s"):format(activation .. " autocast " .. region, count)
   end
 end
-print("return {" .. table.concat(lines, ", ") .. "}")
+print("return {\n  " .. table.concat(lines, ",\n  ") .. "\n}")
