@@ -395,11 +395,14 @@ static int64_t live_bytes(pool *p) {
 }
 
 /* A large allocation that would pass the mark: dead tensors may be what stands in the way.  Without this, garbage would fill the
- * cache unseen, because only a miss asks the collector. */
+ * cache unseen, because only a miss asks the collector.  What gave back next to nothing is not worth asking for again: then the mark
+ * admits it. */
 static void keep_below_mark(pool *p, size_t bytes) {
-  if (!hm__is_mutator() || live_bytes(p) + (int64_t)bytes <= p->mark || !press(bytes, false)) return;
-  const int64_t after = live_bytes(p) + (int64_t)bytes;
-  if (after > p->mark) p->mark = after + after / 256;
+  if (!hm__is_mutator()) return;
+  const int64_t before = live_bytes(p) + (int64_t)bytes;
+  if (before <= p->mark || !press(bytes, false)) return;
+  const int64_t after = live_bytes(p) + (int64_t)bytes, needed = before - after < before / 64 ? before : after;
+  if (needed > p->mark) p->mark = needed + needed / 256;
 }
 
 /* "1.50 GB" for messages. */

@@ -247,6 +247,10 @@ void hb_walk_end(lua_State *L, int end);
 void hb_pressure_install(void);
 /* Before a backward walk: a young collection, for the forward pass's temporaries, once memory has run short before. */
 void hb_pressure_backward(lua_State *L);
+/* The same where a loader is asked for its next batch (batch), or a model is called that is no part of another. */
+void hb_pressure_pause(lua_State *L, bool batch);
+/* The peak begins anew: what lived where counts no more. */
+void hb_pressure_forget(void);
 void hb_pressure_stats(int64_t *count, double *seconds);
 /* Monotonic seconds. */
 double hb_clock(void);

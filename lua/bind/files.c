@@ -325,6 +325,7 @@ static int l_loader_start(lua_State *L) {
 static int l_loader_next(lua_State *L) {
   hb_state *st = hb_enter(L);
   hb_loader *u = loader(L, "next");
+  hb_pressure_pause(L, true);
   lua_settop(L, 1);
   luaL_checkstack(L, u->n + 8, "too many tensors");
   hm_tensor **out = lua_newuserdatauv(L, (size_t)u->n * sizeof *out + 1, 0);

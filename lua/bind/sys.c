@@ -70,11 +70,19 @@ static int l_reset_peak(lua_State *L) {
   lua_gc(L, LUA_GCCOLLECT);
   lua_gc(L, LUA_GCCOLLECT); /* what finalizers let go */
   hm_memory_reset_peak(device);
+  hb_pressure_forget();
   return 0;
 }
 
 static int l_trim(lua_State *L) {
   hm_memory_trim(optional_device(L, 1, "trim"));
+  return 0;
+}
+
+/* core.pause(): a model is about to be called from outside */
+static int l_pause(lua_State *L) {
+  hb_enter(L);
+  hb_pressure_pause(L, false);
   return 0;
 }
 
@@ -211,6 +219,7 @@ void hb_open_sys(lua_State *L, hb_state *st) {
                                        {"memory_stats", l_memory_stats},
                                        {"reset_peak", l_reset_peak},
                                        {"trim", l_trim},
+                                       {"pause", l_pause},
                                        {"collect_stats", l_collect_stats},
                                        {"set_num_threads", l_set_num_threads},
                                        {"use_deterministic", l_use_deterministic},

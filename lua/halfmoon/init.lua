@@ -25,7 +25,7 @@ for name in ([[
   now isatty mtime term_width exists census op_watch gradient_watch
   cuda_count cuda_properties cuda_counters cuda_compile cuda_launch synchronize
   expression_steps expression_new expression_call expression_version
-  features devices graph_has_dtype graph_parts on_backward lua_release memory_stats reset_peak trim collect_stats alloc_fail_at
+  features devices graph_has_dtype graph_parts on_backward lua_release memory_stats reset_peak trim collect_stats pause alloc_fail_at
   lua_alloc_fail_at host_blocks
 ]]):gmatch("%S+") do
   private[name] = true

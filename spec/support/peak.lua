@@ -1,11 +1,12 @@
 -- peak.lua -- run by memory_spec.lua in a process of its own: trains the demo's network and prints the peak of tensor memory in bytes.
 --
---     build/halfmoon spec/support/peak.lua DTYPE MODE HEAP [DEVICE [BATCH [STEPS]]]
+--     build/halfmoon spec/support/peak.lua DTYPE MODE HEAP [DEVICE [BATCH [STEPS [WHAT]]]]
 --
 -- MODE: "incremental" or "generational" for Lua's collector; "counted" collects after every op, so that a tensor goes
 -- when the last reference to
 -- it does, as if references were counted.  HEAP: megabytes of Lua tables that are held meanwhile.  DEVICE, BATCH, STEPS: where, on
--- how many images, how long; "cpu", 64 and 40 if left out.
+-- how many images, how long; "cpu", 64 and 40 if left out.  WHAT: "train", or "infer" for the network
+-- alone, without gradients.
 
 local hm = require "halfmoon"
 local core = require "halfmoon.core"
@@ -23,6 +24,10 @@ while collectgarbage("count") - before < megabytes * 1000 do
 end
 
 local run = cnn.run(dtype, batch)
+if arg[7] == "infer" then
+  local x = hm.randn {batch, 1, 28, 28}
+  function run.step() return hm.no_grad(run.model, x):sum() end
+end
 if mode == "counted" then
   core.op_log(function() collectgarbage() end)
   for _ = 1, 3 do run.step() end

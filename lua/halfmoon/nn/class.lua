@@ -105,6 +105,7 @@ end
 
 local function call(self, ...)
   local s = current_stack()
+  if s.n == 0 then core.pause() end
   s.n = s.n + 1
   s[s.n] = self
   local _ <close> = leave
