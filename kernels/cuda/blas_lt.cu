@@ -199,14 +199,14 @@ static double get(const void *from, int dtype, int64_t i) {
 }
 
 /* The operands of a check, in one block of device memory, and a line of values on the host. */
-typedef struct bench {
+typedef struct probe {
   hm_cuda_product p;
   void *block, *line;
   size_t block_bytes, line_bytes;
   double by; /* each element of the product */
-} bench;
+} probe;
 
-static bool asks_gradient(const bench *b) { return b->p.epilogue == HM_CUDA_GELU_GRAD; }
+static bool asks_gradient(const probe *b) { return b->p.epilogue == HM_CUDA_GELU_GRAD; }
 
 static int fill(void *data, int dtype, int64_t n, double value) {
   const hm_view v = hm_cuda_dense(data, dtype, 1, &n);
@@ -214,7 +214,7 @@ static int fill(void *data, int dtype, int64_t n, double value) {
 }
 
 /* Lays the operands out; b->block stays NULL where there is no room.  Strides are those of the product that asks, whose lines are dense. */
-static int set_up(hm_cuda_device *d, const hm_cuda_product *p, bench *b) {
+static int set_up(hm_cuda_device *d, const hm_cuda_product *p, probe *b) {
   const int in = hm_dtype_size(p->x.dtype), out = hm_dtype_size(p->out.dtype);
   size_t bytes = 0;
   b->p = *p;
@@ -242,7 +242,7 @@ static int set_up(hm_cuda_device *d, const hm_cuda_product *p, bench *b) {
 }
 
 /* Runs the trial values from `first` on, one for each column, and looks at the first row of what comes. */
-static int try_line(hm_cuda_device *d, lt_entry *e, bench *b, int first, bool *good) {
+static int try_line(hm_cuda_device *d, lt_entry *e, probe *b, int first, bool *good) {
   const int dtype = b->p.out.dtype;
   const hm_cuda_epilogue epilogue = b->p.epilogue;
   for (int64_t j = 0; j < b->p.n; j++) put(b->line, dtype, j, trial(epilogue, (int)((first + j) % TRIALS)));
@@ -276,7 +276,7 @@ static int check_entry(hm_cuda_device *d, lt_entry *e, const hm_cuda_product *p,
   }
   e->usable = false;
   if (n_verdicts == VERDICTS) return HM_OK;
-  bench b;
+  probe b;
   int status = set_up(d, p, &b);
   asked.good = b.block != NULL;
   for (int64_t first = 0; first < TRIALS && asked.good && !status; first += p->n)

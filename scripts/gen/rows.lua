@@ -183,13 +183,22 @@ local function read_gradients(row, texts)
     if #indices > 1 then groups[tree] = indices else row.grad[indices[1]] = tree end
   end
   for tree, indices in pairs(groups) do
-    if row.grad[indices[1]] then
+    local single = 0
+    for _, i in ipairs(indices) do if row.grad[i] then single = single + 1 end end
+    if single == #indices and not row.joint then
       row.joint = {tree, indices}
+    elseif single > 0 then
+      fail(row, "beside a derivative by several inputs each of them needs one of its own, or none of them; one such call for a row")
     else
       row.groups[tree] = indices
       for _, i in ipairs(indices) do row.grad[i] = tree end
     end
   end
+end
+
+local function want_output(row, field, name)
+  for _, output in ipairs(row.outputs) do if output.name == name then return end end
+  fail(row, ("%s names '%s', which is no output"):format(field, name))
 end
 
 local function check(row)
@@ -225,8 +234,14 @@ function M.load(path)
     check(row)
     add(row)
     read_gradients(row, raw.grad or {})
-    for name, text in pairs(raw.again or {}) do row.again[name] = expr.parse(text) end
-    for _, name in ipairs(split(raw.keep or "")) do row.keep[name] = true end
+    for name, text in pairs(raw.again or {}) do
+      want_output(row, "again", name)
+      row.again[name] = expr.parse(text)
+    end
+    for _, name in ipairs(split(raw.keep or "")) do
+      want_output(row, "keep", name)
+      row.keep[name] = true
+    end
     for name in pairs(raw.d or {}) do
       if not input_index(row, name) then fail(row, "derivative by unknown input '" .. name .. "'") end
     end

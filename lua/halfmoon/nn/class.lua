@@ -105,7 +105,7 @@ end
 
 local function call(self, ...)
   local s = current_stack()
-  if s.n == 0 then core.pause() end
+  if s.n == 0 then core.pause() end -- what an earlier call dropped is dead by now: a good place for the collector
   s.n = s.n + 1
   s[s.n] = self
   local _ <close> = leave
